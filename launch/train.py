@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""Train: `deepspeed launch/train.py --config launch/recipes/X.yaml [--section.key value ...]`; also torchrun, srun, python."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader forks; the tokenizer's threads would not survive
+
+from muco_ds.config import check_paths
+from muco_ds.config_cli import parse_args
+from muco_ds.distributed import env
+from muco_ds.distributed.stop import EXIT_REQUEUE
+from muco_ds.errors import exit_on_user_error
+
+
+@exit_on_user_error()
+def main() -> int:
+    invocation = parse_args(sys.argv[1:])
+    logging.basicConfig(level=logging.INFO if env.is_main() else logging.ERROR, format="%(message)s")
+    check_paths(invocation.config)
+    from muco_ds.trainer import Trainer  # imports take seconds; a typo in the command line should not
+
+    trainer = Trainer(invocation.config, env.start())
+    if invocation.dry_run:
+        trainer.dry_run()
+        finished = True
+    else:
+        finished = trainer.fit()
+    env.stop()
+    return 0 if finished else EXIT_REQUEUE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

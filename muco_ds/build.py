@@ -1,0 +1,126 @@
+"""From a configuration to the parts of a run: data, plan, model, engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+from muco_ds.config import RunConfig
+from muco_ds.data.collator import Collator, Packer
+from muco_ds.data.index import Index, Indexer, open_index
+from muco_ds.data.loader import StepDataset
+from muco_ds.data.plan import Plan
+from muco_ds.data.readers import M3TReader
+from muco_ds.data.schema import Record
+from muco_ds.distributed import env
+from muco_ds.ds_config import build_deepspeed_config
+from muco_ds.flops import FlopsModel
+from muco_ds.models.backbones import load_backbone, load_config
+from muco_ds.models.embedder import Embedder
+from muco_ds.models.folder import Processing, Settings
+from muco_ds.optim import build_optimizer
+from muco_ds.tasks.muco import MuCoTask
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """What a Trainer works with. `validation` holds the held-out records, or None."""
+
+    engine: Any
+    task: MuCoTask
+    processing: Processing
+    packer: Packer
+    plan: Plan
+    collator: Collator
+    validation: list[Record] | None
+
+    def steps(self, max_steps: int) -> StepDataset:
+        return StepDataset(self.plan, self.collator, env.rank(), max_steps)
+
+
+def build_parts(config: RunConfig, device: torch.device) -> Parts:
+    """Everything of a run; the data first, because its mistakes are found in seconds. Collective.
+
+    Raises:
+        UserError: wrong input of any kind.
+    """
+    torch.manual_seed(config.run.seed)
+    backbone = load_config(config.model.path)
+    processing = Processing.load(config.model.path, Settings.of_run(config.model.pool_token, config.data))
+    packer = processing.packer()
+    reader, index = open_rows(config, packer, config.data.train, "data.train")
+    plan = Plan(
+        index,
+        packer.template,
+        FlopsModel.from_config(backbone, train_vision=not config.model.freeze_vision),
+        seed=config.run.seed,
+        images=config.batch.images,
+        pack_tokens=config.batch.pack_tokens,
+        world_size=env.world_size(),
+        query_history=config.task.query_history,
+        target_history=config.task.target_history,
+    )
+    collator = Collator(
+        reader,
+        index,
+        packer,
+        seed=config.run.seed,
+        query_history=config.task.query_history,
+        target_history=config.task.target_history,
+    )
+    validation = _validation_records(config, packer) if config.validation.every else None
+    engine, task = _build_engine(config, processing, device)
+    return Parts(engine, task, processing, packer, plan, collator, validation)
+
+
+def open_rows(config: RunConfig, packer: Packer, pattern: str, key: str) -> tuple[M3TReader, Index]:
+    """Reader and length index of a data set; rank 0 builds the index if it is not there."""
+    reader = M3TReader(pattern, config.data.images, key)
+    indexer = Indexer(reader, packer.template, packer.images)
+    index = open_index(
+        indexer,
+        config.data.index_dir,
+        builder=env.is_main(),
+        processes=min(os.cpu_count() or 1, 16),
+        progress=env.is_main(),
+    )
+    if index.bad_rows and env.is_main():
+        log.warning("%s: %d of %d rows left out, listed in %s", key, index.bad_rows, len(reader), index.folder / "bad_rows.jsonl")
+    return reader, index
+
+
+def _validation_records(config: RunConfig, packer: Packer) -> list[Record]:
+    assert config.data.val is not None
+    reader, index = open_rows(config, packer, config.data.val, "data.val")
+    return [reader.record(int(row)) for row in index.samples["row"][: config.validation.rows]]
+
+
+def _build_engine(config: RunConfig, processing: Processing, device: torch.device) -> tuple[Any, MuCoTask]:
+    import deepspeed
+
+    ds_config = build_deepspeed_config(config, env.world_size())
+    # transformers builds the model partitioned as long as such an object is alive.
+    partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+    model = load_backbone(
+        config.model.path,
+        dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32,
+        attention=config.model.attention,
+        vocabulary=len(processing.tokenizer),
+    )
+    del partitioned
+    if config.model.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    task = MuCoTask(Embedder(model, freeze_vision=config.model.freeze_vision), config.loss)
+    if ds_config["zero_optimization"]["stage"] < 3:
+        task.to(device)
+    optimizer = build_optimizer(task, config.optim)
+    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=ds_config)
+    engine.train()
+    return engine, task

@@ -1,0 +1,148 @@
+"""Checkpoints that are whole or not there: written beside, fsynced, listed in a manifest, renamed.
+
+    checkpoints/step_0000100/
+        model/          DeepSpeed's files
+        hf/             config, tokenizer, image settings: all that conversion needs beside the weights
+        probe.safetensors   embeddings of fixed items by the model that was saved
+        meta.json       step, configuration, versions, world size
+        manifest.json   every file with its size; written last
+    checkpoints/latest  name of the newest one
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from muco_ds.distributed import env
+from muco_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TAG = "model"
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run. All methods are called by every rank.
+
+    Args:
+        folder: `runs/NAME/checkpoints`.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, engine: Any, step: int, meta: dict, write_beside: Callable[[Path], None]) -> Path:
+        """Save the engine's state. `write_beside(path)` adds the small files; rank 0 calls it.
+
+        Raises:
+            UserError: on every rank, when any rank could not write; older checkpoints are untouched.
+        """
+        final = self.folder / f"step_{step:07d}"
+        work = final.with_suffix(".tmp")
+        if env.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob("*.tmp"):
+                shutil.rmtree(stale, ignore_errors=True)
+            work.mkdir()
+        env.barrier()
+        problem = None
+        try:
+            engine.save_checkpoint(str(work), tag=TAG, save_latest=False)
+            if env.is_main():
+                write_beside(work)
+                (work / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=2))
+            _fsync_own(work)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            problem = f"checkpoint {final}: can't be written ({error}): free space or set run.dir; older ones are intact"
+        env.agree(problem)
+        if env.is_main():
+            self._publish(work, final)
+        env.barrier()
+        return final
+
+    def _publish(self, work: Path, final: Path) -> None:
+        files = {str(path.relative_to(work)): path.stat().st_size for path in sorted(work.rglob("*")) if path.is_file()}
+        (work / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
+        _fsync(work / MANIFEST)
+        _fsync(work)
+        shutil.rmtree(final, ignore_errors=True)
+        work.rename(final)
+        pointer = self.folder / "latest.tmpfile"
+        pointer.write_text(final.name + "\n")
+        _fsync(pointer)
+        os.replace(pointer, self.folder / "latest")
+        _fsync(self.folder)
+        for old in self.complete()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, newest first. Ones with a missing or shortened file are named and passed over."""
+        found = []
+        for path in sorted(self.folder.glob("step_*"), reverse=True):
+            if path.suffix == ".tmp":
+                continue
+            problem = incomplete(path)
+            if problem is None:
+                found.append(path)
+            elif env.is_main():
+                log.warning("%s is not complete (%s): passed over", path, problem)
+        return found
+
+    def load(self, engine: Any, path: Path) -> dict:
+        """Load weights and optimizer into the engine; returns meta.json's content."""
+        meta = read_meta(path)
+        if meta["world_size"] != env.world_size():
+            raise UserError(
+                f"{path}: written by {meta['world_size']} ranks, this run has {env.world_size()}: "
+                "start as many, or set run.name to begin another run"
+            )
+        engine.load_checkpoint(str(path), tag=TAG)
+        return meta
+
+
+def read_meta(path: Path) -> dict:
+    """meta.json of a checkpoint folder. Raises UserError for a folder that is none."""
+    problem = incomplete(path)
+    if problem is not None:
+        raise UserError(f"{path}: not a complete checkpoint ({problem}): give a runs/NAME/checkpoints/step_... folder")
+    return json.loads((path / "meta.json").read_text())
+
+
+def incomplete(path: Path) -> str | None:
+    """Why a folder is not a complete checkpoint, or None."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MANIFEST}"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} holds {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _fsync_own(work: Path) -> None:
+    """Flush what this rank wrote: its own shards, and on rank 0 everything that is no other rank's shard."""
+    for path in work.rglob("*"):
+        shard = path.name.partition("zero_pp_rank_")[2].partition("_")[0]
+        owner = int(shard) if shard.isdigit() else 0
+        if owner == env.rank() and path.is_file():
+            _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

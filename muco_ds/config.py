@@ -1,0 +1,328 @@
+"""One typed, validated, saved object per run.
+
+`RunConfig` is a tree of dataclasses, one per section; `muco_ds.config_cli.parse_args` builds it from a YAML recipe and
+dotted overrides, `validate` checks what can be known without touching a file, `check_paths` what needs the disk, and
+`save_config` writes it so that the saved file is itself a recipe. Relative paths are relative to the current directory,
+not to the recipe.
+"Paper" is MuCo (multi-turn contrastive learning) unless another is named.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from muco_ds.errors import UserError
+
+DEFAULT_DEEPSPEED = "ds_configs/zero3.json"
+DEFAULT_POOL_TOKEN = "<|emb|>"
+
+
+@dataclass
+class RunOptions:
+    """Which run this is and when it ends.
+
+    Args:
+        name: Name of the run: its folder is `dir/name`.
+        dir: Folder that holds the runs.
+        seed: Seed of the data order, the draws and the initial weights.
+        max_steps: End after this many optimizer steps. With `epochs` too: whichever comes first.
+        epochs: End after this many passes over the training rows (a fraction is allowed).
+        precision: Compute type; "bf16" keeps fp32 master weights and gradients, "fp32" is for CPUs and parity tests.
+    """
+
+    name: str
+    dir: str = "runs"
+    seed: int = 0
+    max_steps: int | None = None
+    epochs: float | None = None
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+@dataclass
+class ModelOptions:
+    """The backbone and how it is run.
+
+    Args:
+        path: Folder of a Hugging Face model (Qwen2-VL class), or its name on the hub.
+        pool_token: Token whose last state is the embedding; "<|im_end|>" needs no new token.
+        freeze_vision: Keep the vision tower's weights fixed (paper: yes).
+        attention: Backend of the packed attention; "auto" takes the fastest that is installed.
+        activation_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
+    """
+
+    path: str
+    pool_token: str = DEFAULT_POOL_TOKEN
+    freeze_vision: bool = True
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
+    activation_checkpointing: bool = True
+
+
+@dataclass
+class TaskOptions:
+    """The training objective.
+
+    Args:
+        name: Which objective; "muco" is the multi-turn pre-training stage.
+        query_history: Probability in [0, 1] that the turns of a query dialogue see the earlier ones (paper: 1).
+        target_history: Probability in [0, 1] that the turns of a target dialogue see the earlier ones (paper: 1).
+    """
+
+    name: Literal["muco"] = "muco"
+    query_history: float = 1.0
+    target_history: float = 1.0
+
+
+@dataclass
+class DataOptions:
+    """The training rows, their pictures, and how pictures are sized.
+
+    Args:
+        train: Parquet file, folder of parquet files, or glob pattern.
+        images: Folder that the rows' image paths are relative to.
+        val: Held-out rows, same forms as `train`; null: none.
+        index_dir: Folder of the length index; null: beside the data.
+        workers: Loader processes per rank; 0 loads in the training process.
+        min_pixels: Smaller pictures are enlarged to this many pixels (paper: 256 * 28 * 28).
+        max_pixels: Larger pictures are reduced to this many pixels (paper: 1280 * 28 * 28).
+        short_side: Resize the short side to this many pixels first; null: do not (paper's pre-training: 640).
+    """
+
+    train: str
+    images: str
+    val: str | None = None
+    index_dir: str | None = None
+    workers: int = 2
+    min_pixels: int = 256 * 28 * 28
+    max_pixels: int = 1280 * 28 * 28
+    short_side: int | None = None
+
+
+@dataclass
+class BatchOptions:
+    """The global batch, however many ranks share it.
+
+    Args:
+        images: Examples (one image each) per optimizer step, over all ranks.
+        pack_tokens: Most text-tower tokens in one packed row.
+    """
+
+    images: int = 1024
+    pack_tokens: int = 16384
+
+
+@dataclass
+class OptimOptions:
+    """AdamW and its schedule.
+
+    Args:
+        lr: Peak learning rate (paper: 5e-5).
+        warmup_steps: Steps of linear warm-up from 0 to `lr`.
+        schedule: After the warm-up: "constant" (paper) or "cosine" down to 0 at the last step.
+        weight_decay: Decoupled decay of matrices; never applied to norms and biases (CoMa paper: 0).
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the denominator.
+        max_grad_norm: Gradients are scaled down to this global L2 norm; 0: no clipping.
+    """
+
+    lr: float = 5e-5
+    warmup_steps: int = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class LossOptions:
+    """InfoNCE.
+
+    Args:
+        temperature: Divisor of the cosine similarities (paper: 0.02).
+        symmetric: Add the loss of targets against queries (paper: off in pre-training).
+        mask_same_image: Leave out keys of the query's own image, its positive apart (paper: on).
+        mask_same_target: Leave out keys whose text equals the positive's.
+    """
+
+    temperature: float = 0.02
+    symmetric: bool = False
+    mask_same_image: bool = True
+    mask_same_target: bool = True
+
+
+@dataclass
+class ValidationOptions:
+    """Retrieval on held-out rows during training.
+
+    Args:
+        every: Steps between validations; 0: none.
+        rows: How many rows of `data.val` to use.
+    """
+
+    every: int = 0
+    rows: int = 64
+
+
+@dataclass
+class CheckpointOptions:
+    """Checkpoints under `runs/NAME/checkpoints`.
+
+    Args:
+        every: Steps between checkpoints.
+        keep: How many of the newest checkpoints stay on disk.
+        resume: Continue from the newest complete checkpoint of this run, if there is one.
+    """
+
+    every: int = 500
+    keep: int = 3
+    resume: bool = True
+
+
+@dataclass
+class LogOptions:
+    """Metrics.
+
+    Args:
+        every: Steps between lines of metrics.
+    """
+
+    every: int = 10
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run.
+
+    Args:
+        run: Which run this is and when it ends.
+        model: The backbone.
+        data: Rows and pictures.
+        task: The objective.
+        batch: The global batch.
+        optim: AdamW and its schedule.
+        loss: InfoNCE.
+        validation: Retrieval during training.
+        checkpoint: Saving and resuming.
+        log: Metrics.
+        deepspeed: Path of the DeepSpeed JSON, relative to the current directory or, failing that, to the repository.
+    """
+
+    run: RunOptions
+    model: ModelOptions
+    data: DataOptions
+    task: TaskOptions = field(default_factory=TaskOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    deepspeed: str = DEFAULT_DEEPSPEED
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write `config` as YAML; the file is a valid `--config`."""
+    Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+# Dotted key -> (smallest allowed value, whether that value itself is allowed, largest allowed value).
+_RANGES: dict[str, tuple[float, bool, float]] = {
+    "run.seed": (0, True, 2**32 - 1),  # numpy's largest seed
+    "run.max_steps": (1, True, math.inf),
+    "run.epochs": (0, False, math.inf),
+    "task.query_history": (0, True, 1),
+    "task.target_history": (0, True, 1),
+    "data.workers": (0, True, math.inf),
+    "data.min_pixels": (1, True, math.inf),
+    "data.max_pixels": (1, True, math.inf),
+    "data.short_side": (1, True, math.inf),
+    "batch.images": (2, True, math.inf),  # one example has no negatives
+    "batch.pack_tokens": (1, True, math.inf),
+    "optim.lr": (0, False, math.inf),
+    "optim.warmup_steps": (0, True, math.inf),
+    "optim.weight_decay": (0, True, math.inf),
+    "optim.beta1": (0, True, 1 - 1e-9),
+    "optim.beta2": (0, True, 1 - 1e-9),
+    "optim.eps": (0, False, math.inf),
+    "optim.max_grad_norm": (0, True, math.inf),
+    "loss.temperature": (0, False, math.inf),
+    "validation.every": (0, True, math.inf),
+    "validation.rows": (1, True, math.inf),
+    "checkpoint.every": (1, True, math.inf),
+    "checkpoint.keep": (1, True, math.inf),
+    "log.every": (1, True, math.inf),
+}
+
+
+def _check_range(key: str, value: float) -> None:
+    low, low_allowed, high = _RANGES[key]
+    above = value >= low if low_allowed else value > low
+    if above and value <= high and math.isfinite(value):
+        return
+    bounds = f"{'at least' if low_allowed else 'above'} {low:g}"
+    if high < math.inf:
+        bounds += f" and at most {high:.10g}"
+    raise UserError(f"{key} is {value}: it must be a finite number {bounds}")
+
+
+def validate(config: RunConfig) -> None:
+    """Check what needs no file. Raises UserError naming the key(s), their values and the cure."""
+    for key in _RANGES:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None:
+            _check_range(key, value)
+    run, data, optim = config.run, config.data, config.optim
+    if not run.name or run.name in (".", "..") or "/" in run.name:
+        raise UserError(f"run.name is {run.name!r}: give a plain name, it becomes a folder under {run.dir!r}")
+    if run.max_steps is None and run.epochs is None:
+        raise UserError("run.max_steps and run.epochs are both null: set one of them, or the run has no end")
+    if not config.model.pool_token:
+        raise UserError(f"model.pool_token is empty: name a token, for example {DEFAULT_POOL_TOKEN}")
+    if data.min_pixels > data.max_pixels:
+        raise UserError(f"data.min_pixels is {data.min_pixels}, above data.max_pixels, {data.max_pixels}: swap them")
+    if run.max_steps is not None and optim.warmup_steps > run.max_steps:
+        raise UserError(
+            f"optim.warmup_steps is {optim.warmup_steps}, above run.max_steps, {run.max_steps}: "
+            "the run would end before the warm-up does; lower the first"
+        )
+    if config.validation.every > 0 and data.val is None:
+        raise UserError(
+            f"validation.every is {config.validation.every} but data.val is null: "
+            "set data.val to held-out rows, or validation.every to 0"
+        )
+
+
+def check_paths(config: RunConfig) -> None:
+    """Check that the inputs named by `config` exist. Raises UserError naming the key and the path."""
+    _check_rows("data.train", config.data.train)
+    if config.data.val is not None:
+        _check_rows("data.val", config.data.val)
+    if not os.path.isdir(config.data.images):
+        raise UserError(
+            f"data.images: no such folder '{config.data.images}': "
+            "set it to the folder that the rows' image paths are relative to"
+        )
+    # Anything of the form owner/name may be a model on the hub; loading it gives the verdict.
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path)
+    if not os.path.isdir(config.model.path) and not is_hub_name:
+        raise UserError(
+            f"model.path: no such folder '{config.model.path}': set it to a model's folder or to its name on the hub"
+        )
+
+
+def _check_rows(key: str, path: str) -> None:
+    pattern = os.path.join(path, "*.parquet") if os.path.isdir(path) else path
+    if not (os.path.isfile(path) or glob.glob(pattern, recursive=True)):
+        what = "no *.parquet file in folder" if os.path.isdir(path) else "no such file or folder"
+        raise UserError(f"{key}: {what} '{path}': set it to a parquet file, a folder of them or a glob pattern")

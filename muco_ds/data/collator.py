@@ -1,0 +1,148 @@
+"""Examples -> one PackedBatch: every dialogue, both sides, one row, no padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from muco_ds.data import draws
+from muco_ds.data.images import ImageError, ImagePipeline, Patches
+from muco_ds.data.index import Index, target_hash
+from muco_ds.data.plan import draw_histories, draw_paraphrases
+from muco_ds.data.readers import M3TReader
+from muco_ds.data.schema import TURNS_PER_SAMPLE, Dialogue, PackedBatch, RowCounts
+from muco_ds.data.segments import SegmentBuilder
+from muco_ds.data.templates import ChatTemplate
+
+QUERY, TARGET, NEGATIVE = range(3)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One dialogue on its way into a pack. `ids_k3`: image_id, pair_id, target_hash of each turn."""
+
+    kind: int
+    dialogue: Dialogue
+    history: bool
+    ids_k3: np.ndarray
+
+
+class Packer:
+    """Renders dialogues into one row. Shared by training, validation and inference, so they can't drift apart."""
+
+    def __init__(self, template: ChatTemplate, images: ImagePipeline) -> None:
+        self.template, self.images = template, images
+        self._placeholder = images.placeholder()
+
+    def pack(self, sides: list[Side], *, replace_broken: bool) -> PackedBatch:
+        """Pack dialogues in the given order.
+
+        Args:
+            replace_broken: put a small grey picture where one does not decode, and count it; otherwise raise ImageError.
+        """
+        text_ids = self._encode([turn for side in sides for turn in side.dialogue.turns])
+        row = _Row()
+        for side in sides:
+            pictures = [self._picture(ref, row, replace_broken) for ref in side.dialogue.images]
+            turns = [next(text_ids) for _ in side.dialogue.turns]
+            grids = [picture.grid for picture in pictures]
+            rendered = self.template.render(turns, grids, self.images.merge_size, side.history)
+            row.pooled[side.kind].extend(row.segments.rows + i for i in rendered.emb_rows_k)
+            row.ids[side.kind].append(side.ids_k3)
+            if rendered.prefix:
+                row.segments.add_isolated(rendered.prefix, rendered.turn_lengths)
+            else:
+                row.segments.add_causal(len(rendered.ids_L))
+            row.tokens.append(rendered.ids_L)
+            row.positions.append(rendered.positions_4L)
+            row.pictures += pictures
+        return self._finish(row)
+
+    def _encode(self, texts: list[str]):  # type: ignore[no-untyped-def]
+        return iter(self.template.encode_texts(texts))
+
+    def _picture(self, ref, row: _Row, replace_broken: bool) -> Patches:  # type: ignore[no-untyped-def]
+        try:
+            return self.images.patches(ref)
+        except ImageError:
+            if not replace_broken:
+                raise
+            row.replaced += 1
+            return self._placeholder
+
+    def _finish(self, row: _Row) -> PackedBatch:
+        pictures = row.pictures or [self._placeholder]
+        return PackedBatch(
+            input_ids_T=torch.from_numpy(np.concatenate(row.tokens)),
+            position_ids_41T=torch.from_numpy(np.concatenate(row.positions, axis=1))[:, None],
+            segments=row.segments.build(),
+            pixels_PC=torch.from_numpy(np.concatenate([picture.pixels_PC for picture in pictures])),
+            grid_thw_I3=torch.tensor([picture.grid for picture in pictures]),
+            has_images=bool(row.pictures),
+            emb_index_E=torch.tensor([i for kind in row.pooled for i in kind]),
+            ids_E3=torch.from_numpy(np.concatenate([ids for kind in row.ids for ids in kind])),
+            counts=RowCounts(*(len(kind) for kind in row.pooled)),
+            replaced_images=row.replaced,
+        )
+
+
+@dataclass
+class _Row:
+    """A pack under construction; `pooled` and `ids` are kept apart by kind: queries, targets, negatives."""
+
+    segments: SegmentBuilder = field(default_factory=SegmentBuilder)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+    pictures: list[Patches] = field(default_factory=list)
+    pooled: tuple[list[int], ...] = field(default_factory=lambda: ([], [], []))
+    ids: tuple[list[np.ndarray], ...] = field(default_factory=lambda: ([], [], []))
+    replaced: int = 0
+
+
+class Collator:
+    """Sample positions of one pack -> PackedBatch, with this epoch's draws of paraphrases, order and histories."""
+
+    def __init__(
+        self,
+        reader: M3TReader,
+        index: Index,
+        packer: Packer,
+        *,
+        seed: int,
+        query_history: float,
+        target_history: float,
+    ) -> None:
+        self.reader, self.index, self.packer = reader, index, packer
+        self.seed, self.query_history, self.target_history = seed, query_history, target_history
+
+    def __call__(self, samples: np.ndarray, epoch: int) -> PackedBatch:
+        histories = draw_histories(self.seed, epoch, samples, self.query_history, self.target_history)
+        sides = [
+            side
+            for i, sample in enumerate(samples.tolist())
+            for side in self._sides(sample, epoch, bool(histories["query"][i]), bool(histories["target"][i]))
+        ]
+        return self.packer.pack(sides, replace_broken=True)
+
+    def _sides(self, sample: int, epoch: int, query_history: bool, target_history: bool) -> list[Side]:
+        data = self.index.samples[sample]
+        record = self.reader.record(int(data["row"]))
+        turn_k = np.arange(len(record.turns))
+        sample_k = np.full(len(turn_k), sample)
+        choices_k = np.array([len(turn.questions) for turn in record.turns])
+        chosen_k = draw_paraphrases(self.seed, epoch, sample_k, turn_k, choices_k)
+        # One permutation for both sides; the picture precedes whichever turn comes first.
+        order = np.argsort(draws.draw_u64(self.seed, epoch, sample_k, draws.TURN_ORDER, turn_k), kind="stable")
+        turns = [record.turns[j] for j in order]
+        ids_k3 = np.empty((len(turns), 3), np.int64)
+        ids_k3[:, 0] = data["image_id"]
+        ids_k3[:, 1] = sample * TURNS_PER_SAMPLE + order
+        ids_k3[:, 2] = [target_hash(turn.target, record.target_images) for turn in turns]
+        questions = tuple(turn.questions[chosen_k[j]] for turn, j in zip(turns, order, strict=True))
+        targets = tuple(turn.target for turn in turns)
+        return [
+            Side(QUERY, Dialogue(questions, record.query_images), query_history, ids_k3),
+            Side(TARGET, Dialogue(targets, record.target_images), target_history, ids_k3),
+        ]

@@ -1,0 +1,271 @@
+"""Rendered scenes with seven kinds of questions and answers, in the columns of naver-ai/M3T.
+
+A scene is a 3 x 3 grid of 28-pixel cells (one visual token each for a ViT with 14-pixel patches merged two by two). It
+holds two to four coloured shapes, exactly one of them big and no two of one colour, and sometimes a tile with a letter
+or a digit. Every answer is a function of (picture, question) and names what it answers, so that no two question kinds
+share an answer text.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+CELL = 28
+GRID = 3
+SIDE = CELL * GRID
+# Drawn at four times the size and averaged down: smooth edges, and fonts differ less between Pillow builds.
+SUPERSAMPLE = 4
+
+PLACES = (
+    "at the top left",
+    "at the top",
+    "at the top right",
+    "on the left",
+    "in the centre",
+    "on the right",
+    "at the bottom left",
+    "at the bottom",
+    "at the bottom right",
+)
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = {
+    "red": (230, 20, 20),
+    "green": (20, 180, 20),
+    "blue": (30, 60, 255),
+    "yellow": (255, 225, 0),
+    "purple": (190, 40, 220),
+    "cyan": (0, 220, 220),
+}
+BACKGROUNDS = {"night": (15, 15, 25), "fog": (135, 135, 135), "snow": (250, 250, 250), "sea": (0, 95, 110)}
+FRAME = (255, 128, 0)
+SIGNS = {**{c: f"the letter {c}" for c in "AHKX"}, **{c: f"the digit {c}" for c in "2479"}}
+IMAGE_MARK = "<|image_1|>\n"
+
+M3T_SCHEMA = pa.schema(
+    [
+        ("qry", pa.list_(pa.list_(pa.string()))),
+        ("qry_sentence", pa.string()),
+        ("qry_image_path", pa.string()),
+        ("pos_text", pa.list_(pa.string())),
+        ("pos_sentence", pa.list_(pa.string())),
+        ("pos_image_path", pa.string()),
+        ("neg_text", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One coloured shape in cell `cell` (0 to 8, reading order)."""
+
+    cell: int
+    size: str
+    colour: str
+    shape: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; equal scenes give equal pictures and unequal scenes unequal ones."""
+
+    background: str
+    shapes: tuple[Shape, ...]
+    sign: str
+    sign_cell: int
+
+    @property
+    def big(self) -> Shape:
+        return next(shape for shape in self.shapes if shape.size == "big")
+
+
+def sample_scenes(count: int, seed: int) -> list[Scene]:
+    """`count` scenes, no two alike, a pure function of the arguments."""
+    rng = random.Random(f"scenes {seed}")
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < count:
+        scenes.setdefault(_sample_scene(rng))
+    return list(scenes)
+
+
+def _sample_scene(rng: random.Random) -> Scene:
+    n_shapes = rng.randint(2, 4)
+    has_sign = rng.random() < 0.5
+    cells = rng.sample(range(GRID * GRID), n_shapes + has_sign)
+    colours = rng.sample(list(COLOURS), n_shapes)
+    big = rng.randrange(n_shapes)
+    shapes = [Shape(cells[i], "big" if i == big else "small", colours[i], rng.choice(SHAPES)) for i in range(n_shapes)]
+    return Scene(
+        background=rng.choice(list(BACKGROUNDS)),
+        shapes=tuple(sorted(shapes, key=lambda shape: shape.cell)),
+        sign=rng.choice(list(SIGNS)) if has_sign else "",
+        sign_cell=cells[-1] if has_sign else -1,
+    )
+
+
+def render(scene: Scene) -> Image.Image:
+    """The scene as an 84 x 84 RGB picture."""
+    image = Image.new("RGB", (SIDE * SUPERSAMPLE, SIDE * SUPERSAMPLE), BACKGROUNDS[scene.background])
+    draw = ImageDraw.Draw(image)
+    # Rotary positions are relative only: the frame makes each of the nine cells tell its place by its own edges.
+    draw.rectangle((0, 0, SIDE * SUPERSAMPLE - 1, SIDE * SUPERSAMPLE - 1), outline=FRAME, width=2 * SUPERSAMPLE)
+    for shape in scene.shapes:
+        _draw_shape(draw, shape)
+    if scene.sign:
+        _draw_sign(draw, scene.sign, scene.sign_cell)
+    return image.reduce(SUPERSAMPLE)
+
+
+def _centre(cell: int) -> tuple[float, float]:
+    row, column = divmod(cell, GRID)
+    return (column + 0.5) * CELL * SUPERSAMPLE, (row + 0.5) * CELL * SUPERSAMPLE
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
+    x, y = _centre(shape.cell)
+    radius = (12 if shape.size == "big" else 8) * SUPERSAMPLE
+    colour = COLOURS[shape.colour]
+    if shape.shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif shape.shape == "square":
+        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif shape.shape == "triangle":
+        draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=colour)
+    else:  # a four-pointed star
+        inner = radius * 0.28
+        offsets = [(0, -radius), (inner, -inner), (radius, 0), (inner, inner)]
+        draw.polygon([(x + s * dx, y + s * dy) for s in (1, -1) for dx, dy in offsets], fill=colour)
+
+
+def _draw_sign(draw: ImageDraw.ImageDraw, sign: str, cell: int) -> None:
+    x, y = _centre(cell)
+    half = 11 * SUPERSAMPLE
+    draw.rectangle((x - half, y - half, x + half, y + half), fill=(255, 255, 255), outline=(0, 0, 0), width=SUPERSAMPLE)
+    draw.text((x, y), sign, fill=(0, 0, 0), font=ImageFont.load_default(size=20 * SUPERSAMPLE), anchor="mm")
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _setting(scene: Scene) -> tuple[list[str], str]:
+    questions = ["What kind of scene is this?", "Name the scene.", "Classify the picture by its setting."]
+    return questions, f"a {scene.background} scene"
+
+
+def _colours(scene: Scene) -> tuple[list[str], str]:
+    questions = ["Which colours are the shapes?", "List the colours of the shapes.", "What colours are there?"]
+    present = {shape.colour for shape in scene.shapes}
+    return questions, f"the colours are {_join([colour for colour in COLOURS if colour in present])}"
+
+
+def _kinds(scene: Scene) -> tuple[list[str], str]:
+    questions = ["Which kinds of shapes are there?", "List the kinds of shapes.", "What shapes do you see?"]
+    present = {shape.shape for shape in scene.shapes}
+    return questions, f"the kinds are {_join([shape for shape in SHAPES if shape in present])}"
+
+
+def _what_is_there(shape: Shape) -> tuple[list[str], str]:
+    place = PLACES[shape.cell]
+    questions = [f"What is {place}?", f"Which shape is {place}?", f"Describe the shape {place}."]
+    return questions, f"{place} is a {shape.size} {shape.name}"
+
+
+def _where_is(shape: Shape) -> tuple[list[str], str]:
+    name = shape.name
+    questions = [f"Where is the {name}?", f"Find the {name}.", f"In which part of the picture is the {name}?"]
+    return questions, f"the {name} is {PLACES[shape.cell]}"
+
+
+def _what_is_written(scene: Scene) -> tuple[list[str], str]:
+    questions = ["What is written in the picture?", "Read the sign.", "What does the sign say?"]
+    return questions, f"the sign says {SIGNS[scene.sign]}"
+
+
+def _title(scene: Scene) -> tuple[list[str], str]:
+    questions = ["Make up a title for a story about the big shape.", "Invent a title.", "Give the picture a title."]
+    return questions, f"the tale of the {scene.big.name} in the {scene.background}"
+
+
+def caption(scene: Scene) -> str:
+    """All things in reading order, then the setting."""
+    things = [(shape.cell, f"a {shape.size} {shape.name}") for shape in scene.shapes]
+    if scene.sign:
+        things.append((scene.sign_cell, SIGNS[scene.sign]))
+    return f"{_join([text for _, text in sorted(things)])} in a {scene.background} scene"
+
+
+def _caption(scene: Scene) -> tuple[list[str], str]:
+    return ["Describe the picture.", "Find the caption of this picture.", "What does the picture show?"], caption(scene)
+
+
+def scene_row(scene: Scene, image_path: str, rng: random.Random) -> dict[str, Any]:
+    """One M3T row: 0 classification; 1, 2 global VQA; 3, 4 local VQA; 5 creative VQA; 6 retrieval.
+
+    `rng` picks the shapes that the two local questions are about; `image_path` is relative to the image folder.
+    """
+    first, second = rng.sample(scene.shapes, 2)
+    ask_sign = bool(scene.sign) and rng.random() < 0.5
+    slots = [
+        _setting(scene),
+        _colours(scene),
+        _kinds(scene),
+        _what_is_there(first),
+        _what_is_written(scene) if ask_sign else _where_is(second),
+        _title(scene),
+        _caption(scene),
+    ]
+    answers = [answer for _, answer in slots]
+    return {
+        "qry": [[IMAGE_MARK + question for question in questions] for questions, _ in slots],
+        "qry_sentence": caption(scene),
+        "qry_image_path": image_path,
+        "pos_text": answers,
+        "pos_sentence": answers,
+        "pos_image_path": "",
+        "neg_text": [""] * len(slots),
+    }
+
+
+def write_data(data_dir: Path, train_scenes: int, test_scenes: int, seed: int) -> list[dict[str, Any]]:
+    """Write `train.parquet`, `test.parquet` and `images/{train,test}/*.png` under `data_dir`; return the training rows.
+
+    No test scene equals a training scene. The same arguments give the same files.
+    """
+    scenes = sample_scenes(train_scenes + test_scenes, seed)
+    # The test scenes come first, so that they stay the same when only the number of training scenes changes.
+    splits = {"test": scenes[:test_scenes], "train": scenes[test_scenes:]}
+    assert not set(splits["test"]) & set(splits["train"])
+    rows = {split: _write_split(data_dir, split, part, seed) for split, part in splits.items()}
+    return rows["train"]
+
+
+def _write_split(data_dir: Path, split: str, scenes: list[Scene], seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(f"questions {split} {seed}")
+    folder = data_dir / "images" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, scene in enumerate(tqdm(scenes, desc=f"{split} scenes", unit="scene")):
+        render(scene).save(folder / f"{index:05d}.png", compress_level=1)
+        rows.append(scene_row(scene, f"{split}/{index:05d}.png", rng))
+    pq.write_table(pa.Table.from_pylist(rows, schema=M3T_SCHEMA), data_dir / f"{split}.parquet")
+    return rows
+
+
+def row_texts(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Every question (without its image mark) and answer of the rows, as a tokenizer's training text."""
+    texts: list[str] = []
+    for row in rows:
+        texts += [question.removeprefix(IMAGE_MARK) for questions in row["qry"] for question in questions]
+        texts += row["pos_text"]
+    return texts

@@ -1,0 +1,233 @@
+"""The length index: what the plan must know of every row, built once, memory-mapped afterwards.
+
+For each usable row: sizes of its pictures (from headers), token counts of its texts, ids of its pictures and targets.
+Rows that can't be used are listed with their reason in `bad_rows.jsonl` and never enter a plan. The folder is named by
+a fingerprint of everything it depends on, so changed inputs mean another folder, and it appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from muco_ds.data.images import ImageError, ImagePipeline, read_size
+from muco_ds.data.readers import M3TReader, RowError
+from muco_ds.data.schema import Record
+from muco_ds.data.templates import ChatTemplate
+from muco_ds.errors import UserError
+
+VERSION = 1
+CHUNK_ROWS = 256
+
+SAMPLE = np.dtype(
+    [
+        ("row", "i8"),
+        ("turn_end", "i8"),  # end of this sample's slice of `turns`
+        ("image_id", "i8"),
+        ("query_images", "i4"),
+        ("query_image_tokens", "i4"),
+        ("target_images", "i4"),
+        ("target_image_tokens", "i4"),
+        ("patches", "i8"),  # vision tower input, both sides
+        ("patches_squared", "i8"),  # sum over pictures of patches^2: the vision tower's attention
+    ]
+)
+TURN = np.dtype([("target_tokens", "i4"), ("kind", "i4"), ("target_hash", "i8"), ("question_end", "i8")])
+QUESTION = np.dtype("i4")  # tokens of each paraphrase
+
+
+@dataclass(frozen=True)
+class Index:
+    """Memory-mapped arrays of one data set, S samples."""
+
+    folder: Path
+    samples: np.ndarray
+    turns: np.ndarray
+    question_tokens: np.ndarray
+    bad_rows: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def turn_bounds(self, sample: int) -> tuple[int, int]:
+        """Slice of `turns` that belongs to a sample."""
+        start = int(self.samples["turn_end"][sample - 1]) if sample else 0
+        return start, int(self.samples["turn_end"][sample])
+
+    def question_bounds(self, turn: int) -> tuple[int, int]:
+        """Slice of `question_tokens` that belongs to a turn."""
+        start = int(self.turns["question_end"][turn - 1]) if turn else 0
+        return start, int(self.turns["question_end"][turn])
+
+
+class Indexer:
+    """Measures rows of a data set; picklable, so that several processes share the work."""
+
+    def __init__(self, reader: M3TReader, template: ChatTemplate, images: ImagePipeline) -> None:
+        self.reader, self.template, self.images = reader, template, images
+
+    def fingerprint(self) -> str:
+        """Changes when the files, the picture folder, the tokenizer, the template or the picture limits change."""
+        stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in self.reader.files]
+        tokenizer = hashlib.sha256(self.template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        limits = [self.images.limits, self.images.patch_size, self.images.merge_size]
+        facts = repr([VERSION, stats, self.reader.images, tokenizer, self.template.opening, self.template.tail, limits])
+        return hashlib.sha256(facts.encode()).hexdigest()[:20]
+
+    def measure(self, rows: range) -> tuple[list[tuple], list[list[tuple]], list[list[list[int]]], list[dict]]:
+        """Per usable row: sample values, turn values, token counts of the paraphrases; and the bad rows."""
+        samples, turns, questions, bad = [], [], [], []
+        for row in rows:
+            try:
+                record = self.reader.record(row)
+                sample = self._sample(record)
+            except (RowError, ImageError) as error:
+                bad.append({"row": row, "reason": str(error)})
+                continue
+            texts = [text for turn in record.turns for text in (*turn.questions, turn.target)]
+            counts = iter([len(ids) for ids in self.template.encode_texts(texts)])
+            samples.append(sample)
+            questions.append([])
+            turns.append([])
+            for turn in record.turns:
+                questions[-1].append([next(counts) for _ in turn.questions])
+                turns[-1].append((next(counts), turn.kind, target_hash(turn.target, record.target_images)))
+        return samples, turns, questions, bad
+
+    def _sample(self, record: Record) -> tuple:
+        sides = []
+        patches: list[int] = []
+        for paths in (record.query_images, record.target_images):
+            tokens = 0
+            for path in paths:
+                try:
+                    grid = self.images.grid(*read_size(path))
+                except ImageError as error:
+                    raise ImageError(f"picture {path}: {error}") from error
+                patches.append(grid[0] * grid[1] * grid[2])
+                tokens += self.images.tokens(grid)
+            sides += [len(paths), tokens]
+        return (record.row, image_id(record), *sides, sum(patches), sum(p * p for p in patches))
+
+
+def stable_hash(text: str) -> int:
+    """63-bit hash that is the same on every machine and Python."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def image_id(record: Record) -> int:
+    """Same pictures on the query side, same id; a text-only row is its own."""
+    return stable_hash("\n".join(record.query_images) if record.query_images else f"row {record.row}")
+
+
+def target_hash(text: str, images: tuple[str, ...]) -> int:
+    """Same for targets that differ only in case or white space: they can't be negatives of one another."""
+    return stable_hash("\n".join((" ".join(text.split()).casefold(), *images)))
+
+
+def open_index(
+    indexer: Indexer, folder: str | None, *, builder: bool, processes: int = 1, progress: bool = True
+) -> Index:
+    """The index of a data set, built first by the process whose `builder` is True; the others wait for it.
+
+    Args:
+        folder: where indices live; default `.muco_index` beside the first data file.
+    Raises:
+        UserError: no row is usable, or the folder can't be written.
+    """
+    home = Path(folder) if folder else Path(indexer.reader.files[0]).parent / ".muco_index"
+    path = home / indexer.fingerprint()
+    if builder and not (path / "meta.json").exists():
+        try:
+            _build(indexer, path, processes, progress)
+        except PermissionError as error:
+            raise UserError(f"{home}: can't write the length index there: set data.index_dir") from error
+    waited = 0
+    while not (path / "meta.json").exists():
+        time.sleep(0.2)
+        waited += 1
+        if waited % 300 == 0:
+            print(f"waiting for rank 0 to build the length index {path}", flush=True)
+    return _load(path, indexer.reader)
+
+
+def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    total = len(indexer.reader)
+    chunks = [range(start, min(start + CHUNK_ROWS, total)) for start in range(0, total, CHUNK_ROWS)]
+    turn_end = question_end = usable = bad_rows = 0
+    with (
+        open(work / "samples.bin", "wb") as sample_file,
+        open(work / "turns.bin", "wb") as turn_file,
+        open(work / "questions.bin", "wb") as question_file,
+        open(work / "bad_rows.jsonl", "w") as bad_file,
+        tqdm(total=total, desc="indexing", unit="row", disable=not progress) as bar,
+    ):
+        for chunk, (samples, turns, questions, bad) in zip(chunks, _measure_all(indexer, chunks, processes), strict=True):
+            for sample, sample_turns, sample_questions in zip(samples, turns, questions, strict=True):
+                rows = []
+                for (tokens, kind, hashed), counts in zip(sample_turns, sample_questions, strict=True):
+                    question_end += len(counts)
+                    rows.append((tokens, kind, hashed, question_end))
+                    question_file.write(np.array(counts, QUESTION).tobytes())
+                turn_end += len(rows)
+                turn_file.write(np.array(rows, TURN).tobytes())
+                sample_file.write(np.array([(sample[0], turn_end, *sample[1:])], SAMPLE).tobytes())
+            bad_file.writelines(json.dumps(entry) + "\n" for entry in bad)
+            usable, bad_rows = usable + len(samples), bad_rows + len(bad)
+            bar.update(len(chunk))
+    meta = {"version": VERSION, "files": indexer.reader.files, "rows": total, "usable": usable, "bad_rows": bad_rows}
+    (work / "meta.json").write_text(json.dumps(meta, indent=2))
+    try:
+        work.rename(path)
+    except OSError:  # another job built the same index meanwhile
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[tuple]:
+    if processes <= 1:
+        yield from map(indexer.measure, chunks)
+        return
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=_adopt, initargs=(indexer.measure,)) as pool:
+        yield from pool.map(_run, chunks)
+
+
+_measure: Callable[[range], tuple]
+
+
+def _adopt(measure: Callable[[range], tuple]) -> None:
+    global _measure
+    _measure = measure
+
+
+def _run(rows: range) -> tuple:
+    return _measure(rows)
+
+
+def _load(path: Path, reader: M3TReader) -> Index:
+    meta = json.loads((path / "meta.json").read_text())
+    if not meta["usable"]:
+        with open(path / "bad_rows.jsonl") as file:
+            first = json.loads(file.readline())
+        raise UserError(f"{reader.files[0]}: no usable row; row {first['row']}: {first['reason']}")
+    return Index(
+        folder=path,
+        samples=np.memmap(path / "samples.bin", SAMPLE, "r"),
+        turns=np.memmap(path / "turns.bin", TURN, "r"),
+        question_tokens=np.memmap(path / "questions.bin", QUESTION, "r"),
+        bad_rows=meta["bad_rows"],
+    )

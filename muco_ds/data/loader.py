@@ -1,0 +1,83 @@
+"""Steps as batches: worker processes decode, tokenise and pack ahead of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from muco_ds.data.collator import Collator
+from muco_ds.data.plan import Plan, StepPlan
+from muco_ds.data.schema import StepBatch
+from muco_ds.errors import UserError
+
+
+class StepDataset(Dataset[StepBatch | UserError]):
+    """step -> this rank's StepBatch. A user's mistake is returned, not raised: a worker would wrap it in a traceback."""
+
+    def __init__(self, plan: Plan, collator: Collator, rank: int, max_steps: int) -> None:
+        self.plan, self.collator, self.rank, self.max_steps = plan, collator, rank, max_steps
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __getitem__(self, step: int) -> StepBatch | UserError:
+        try:
+            plan = self.plan.step(step)
+            self._check_one_pack(plan)
+            packs = [self.collator(samples, plan.epoch) for samples in plan.packs[self.rank]]
+        except UserError as error:
+            return error
+        samples = plan.packs[self.rank][0]
+        return StepBatch(
+            step=step,
+            epoch=plan.epoch,
+            packs=packs,
+            rows_per_rank=plan.rows_per_rank,
+            sample_rows=self.plan.index.samples["row"][samples],
+            images=plan.images,
+            cost={
+                "llm_tokens": plan.tokens,
+                "vit_patches": plan.patches,
+                "flops": plan.flops,
+                "pack_fill": plan.pack_fill,
+                "imbalance": plan.imbalance,
+            },
+        )
+
+    def _check_one_pack(self, plan: StepPlan) -> None:
+        if max(map(len, plan.packs)) > 1:
+            need = -(-plan.tokens // self.plan.world_size)
+            raise UserError(
+                f"step {plan.step}: batch.images={self.plan.images} needs about {need} tokens on each of "
+                f"{self.plan.world_size} ranks but batch.pack_tokens={self.plan.pack_tokens}: raise batch.pack_tokens "
+                "(a tenth above the need leaves room), lower batch.images, or use more ranks"
+            )
+
+
+def step_batches(dataset: StepDataset, start: int, *, workers: int, pin_memory: bool) -> Iterator[StepBatch]:
+    """This rank's batches of steps start .. max_steps, in order, prepared by `workers` processes (0: inline).
+
+    Raises:
+        UserError: what a worker found wrong, as one line.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, len(dataset)),
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        # Workers only touch numpy, Pillow and the tokenizer: forking is safe and starts in milliseconds.
+        multiprocessing_context="fork" if workers else None,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,215 @@
+"""The plan: (seed, epoch, step) -> which examples, on which rank, in which pack.
+
+A pure function that every rank evaluates for all ranks, so no communication is needed to agree, a restart needs only
+the step number, and the global batch of a step is the same set of examples whatever the number of ranks.
+
+Shape suffixes: B examples of the global batch, N turns of those examples.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from muco_ds.data import draws
+from muco_ds.data.index import Index
+from muco_ds.data.schema import RowCounts
+from muco_ds.data.templates import ChatTemplate
+from muco_ds.errors import UserError
+from muco_ds.flops import FlopsModel
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step. `packs[rank]` lists that rank's packs, each an array of sample positions."""
+
+    step: int
+    epoch: int
+    packs: list[list[np.ndarray]]
+    rows_per_rank: list[RowCounts]
+    tokens: int  # of the global batch, as are the next two
+    patches: int
+    flops: float
+    pack_fill: float  # share of the packs' token budget that is used
+    imbalance: float  # cost of the slowest rank over the mean
+
+    @property
+    def images(self) -> int:
+        return sum(len(pack) for rank in self.packs for pack in rank)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each of B examples costs."""
+
+    tokens_B: np.ndarray
+    flops_B: np.ndarray
+    patches_B: np.ndarray
+
+
+class Plan:
+    """Plans steps over an index.
+
+    Args:
+        images: examples of the global batch.
+        pack_tokens: token budget of a pack.
+        query_history, target_history: probability that the turns of that side see the earlier ones.
+    Raises:
+        UserError: fewer examples than a batch, fewer than ranks in a batch, an example larger than a pack.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        template: ChatTemplate,
+        flops: FlopsModel,
+        *,
+        seed: int,
+        images: int,
+        pack_tokens: int,
+        world_size: int,
+        query_history: float,
+        target_history: float,
+    ) -> None:
+        self.index, self.template, self.flops = index, template, flops
+        self.seed, self.images, self.pack_tokens, self.world_size = seed, images, pack_tokens, world_size
+        self.query_history, self.target_history = query_history, target_history
+        if len(index) < images:
+            raise UserError(f"batch.images={images} but data.train has {len(index)} usable rows: lower batch.images")
+        if images < world_size:
+            raise UserError(f"batch.images={images} is less than {world_size} ranks: raise it or use fewer ranks")
+        self._check_longest()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches only; the shuffle differs by epoch, so the remainder differs too and no row is always left out."""
+        return len(self.index) // self.images
+
+    def samples(self, step: int) -> tuple[int, np.ndarray]:
+        """Epoch and the B sample positions of a step, the same for any number of ranks."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        positions = np.arange(position * self.images, (position + 1) * self.images)
+        return epoch, draws.permute(positions, len(self.index), self.seed, epoch)
+
+    def step(self, step: int) -> StepPlan:
+        epoch, samples_B = self.samples(step)
+        costs = self.costs(samples_B, epoch)
+        assignment = self._spread(costs)
+        packs = [self._fill(rank, costs.tokens_B) for rank in assignment]
+        turns_B = self._turn_counts(samples_B)
+        rank_flops = np.array([costs.flops_B[rank].sum() for rank in assignment])
+        n_packs = max(map(len, packs))
+        return StepPlan(
+            step=step,
+            epoch=epoch,
+            packs=[[samples_B[pack] for pack in rank] for rank in packs],
+            rows_per_rank=[RowCounts(int(turns_B[rank].sum()), int(turns_B[rank].sum())) for rank in assignment],
+            tokens=int(costs.tokens_B.sum()),
+            patches=int(costs.patches_B.sum()),
+            flops=float(rank_flops.sum()),
+            pack_fill=float(costs.tokens_B.sum() / (self.world_size * n_packs * self.pack_tokens)),
+            imbalance=float(rank_flops.max() / rank_flops.mean()),
+        )
+
+    def costs(self, samples_B: np.ndarray, epoch: int) -> Costs:
+        """Tokens, patches and training FLOPs of examples in this epoch's draw of paraphrases and histories."""
+        data = self.index.samples[samples_B]
+        turns_B = self._turn_counts(samples_B)
+        owner_N = np.repeat(np.arange(len(samples_B)), turns_B)
+        turn_N = np.arange(len(owner_N)) - np.repeat(np.cumsum(turns_B) - turns_B, turns_B)
+        rows_N = (data["turn_end"] - turns_B)[owner_N] + turn_N
+        ends_N = self.index.turns["question_end"][rows_N]
+        starts_N = np.where(rows_N > 0, self.index.turns["question_end"][rows_N - 1], 0)
+        chosen_N = draw_paraphrases(self.seed, epoch, samples_B[owner_N], turn_N, ends_N - starts_N)
+        texts = {
+            "query": self.index.question_tokens[starts_N + chosen_N].astype(np.int64),
+            "target": self.index.turns["target_tokens"][rows_N].astype(np.int64),
+        }
+        history = draw_histories(self.seed, epoch, samples_B, self.query_history, self.target_history)
+        tokens_B = np.zeros(len(samples_B), np.int64)
+        pairs_B = np.zeros(len(samples_B))
+        for side, text_N in texts.items():
+            vision_B = data[f"{side}_image_tokens"].astype(np.int64) + 2 * data[f"{side}_images"]
+            text_B = np.bincount(owner_N, text_N, len(samples_B)).astype(np.int64)
+            length_B, prefix_B = self.template.count(text_B, turns_B, vision_B, history[side])
+            # Isolated turns: each attends to the prefix and to itself; its own newline is too small to matter here.
+            turn_len_N = text_N + len(self.template.tail)
+            isolated_N = turn_len_N * prefix_B[owner_N] + turn_len_N**2 / 2
+            isolated_B = prefix_B**2 / 2 + np.bincount(owner_N, isolated_N, len(samples_B))
+            tokens_B += length_B
+            pairs_B += np.where(history[side], length_B**2 / 2, isolated_B)
+        flops_B = self.flops.training(tokens_B, pairs_B, data["patches"], data["patches_squared"])
+        return Costs(tokens_B, flops_B, data["patches"])
+
+    def _turn_counts(self, samples_B: np.ndarray) -> np.ndarray:
+        ends = self.index.samples["turn_end"]
+        return ends[samples_B] - np.where(samples_B > 0, ends[samples_B - 1], 0)
+
+    def _spread(self, costs: Costs) -> list[np.ndarray]:
+        """Examples of each rank. On cost; where that needs more packs than tokens alone would, on tokens."""
+        by_cost = largest_first(costs.flops_B, self.world_size)
+        by_tokens = largest_first(costs.tokens_B, self.world_size)
+
+        def packs(assignment: list[np.ndarray]) -> int:
+            return max(len(self._fill(rank, costs.tokens_B)) for rank in assignment)
+
+        return by_cost if packs(by_cost) <= packs(by_tokens) else by_tokens
+
+    def _fill(self, members: np.ndarray, tokens_B: np.ndarray) -> list[np.ndarray]:
+        """First-fit decreasing into packs of at most `pack_tokens`."""
+        packs: list[list[int]] = []
+        room: list[int] = []
+        for member in members[np.argsort(-tokens_B[members], kind="stable")]:
+            need = int(tokens_B[member])
+            for i, left in enumerate(room):
+                if need <= left:
+                    packs[i].append(member)
+                    room[i] -= need
+                    break
+            else:
+                packs.append([member])
+                room.append(self.pack_tokens - need)
+        return [np.array(sorted(pack)) for pack in packs]
+
+    def _check_longest(self) -> None:
+        for start in range(0, len(self.index), 65536):
+            samples_B = np.arange(start, min(start + 65536, len(self.index)))
+            tokens_B = self.costs(samples_B, epoch=0).tokens_B
+            worst = int(tokens_B.argmax())
+            if tokens_B[worst] > self.pack_tokens:
+                row = int(self.index.samples["row"][samples_B[worst]])
+                raise UserError(
+                    f"data.train row {row} needs {tokens_B[worst]} tokens but batch.pack_tokens={self.pack_tokens}: "
+                    "raise batch.pack_tokens, lower data.max_pixels, or shorten the row"
+                )
+
+
+def draw_paraphrases(
+    seed: int, epoch: int, samples_N: np.ndarray, turns_N: np.ndarray, choices_N: np.ndarray
+) -> np.ndarray:
+    """Which paraphrase each turn uses in this epoch; the plan (for lengths) and the collator (for text) must agree."""
+    drawn_N = draws.draw_u64(seed, epoch, samples_N, draws.PARAPHRASE, turns_N)
+    return (drawn_N % choices_N.astype(np.uint64)).astype(np.int64)
+
+
+def draw_histories(
+    seed: int, epoch: int, samples_B: np.ndarray, query_history: float, target_history: float
+) -> dict[str, np.ndarray]:
+    """Per side, whether each example's turns see the earlier ones (causal) or not (isolated)."""
+    return {
+        "query": draws.draw_uniform(seed, epoch, samples_B, draws.QUERY_HISTORY) < query_history,
+        "target": draws.draw_uniform(seed, epoch, samples_B, draws.TARGET_HISTORY) < target_history,
+    }
+
+
+def largest_first(weights_B: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Longest-processing-time assignment: every example, heaviest first, to the lightest part (Graham 1969)."""
+    members: list[list[int]] = [[] for _ in range(parts)]
+    heap = [(0.0, 0, part) for part in range(parts)]
+    for i in np.argsort(-weights_B, kind="stable").tolist():
+        load, count, part = heapq.heappop(heap)
+        members[part].append(i)
+        heapq.heappush(heap, (load + float(weights_B[i]), count + 1, part))
+    return [np.array(sorted(part)) for part in members]

@@ -1,0 +1,114 @@
+"""Readers: files of a data set -> Record, row by row, memory-mapped so that millions of rows cost no memory."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars, load_dataset
+
+from muco_ds.data.schema import TURNS_PER_SAMPLE, Record, RecordTurn
+from muco_ds.errors import UserError
+
+_IMAGE_MARKER = re.compile(r"<\|image_\d+\|>\n?")
+"""M3T's picture placeholder. Pictures always come first here, so the marker is only removed."""
+
+M3T_COLUMNS = ("qry", "pos_text", "qry_image_path")
+
+
+class RowError(ValueError):
+    """A row that can't be trained on; the message says why, without naming the row."""
+
+
+def data_files(pattern: str, key: str) -> list[str]:
+    """Parquet files of a path, folder or glob, sorted. `key` is the config key named in errors."""
+    if os.path.isdir(pattern):
+        files = sorted(str(path) for path in Path(pattern).glob("**/*.parquet"))
+    else:
+        files = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
+    if not files:
+        raise UserError(f"{key}: no parquet file at '{pattern}': give a .parquet file, a folder of them or a glob")
+    return files
+
+
+class M3TReader:
+    """Rows in naver-ai/M3T's columns (FORMATS: qry = list of paraphrase lists, pos_text = list of targets).
+
+    Accepts ragged numbers of turns, a plain string in place of a list of paraphrases, and a picture on either side.
+    """
+
+    def __init__(self, pattern: str, images: str, key: str = "data.train") -> None:
+        self.files = data_files(pattern, key)
+        self.images = os.path.realpath(images)
+        if not os.path.isdir(self.images):
+            raise UserError(f"data.images: no such folder '{images}': set it to where the paths of '{pattern}' start")
+        self._dataset = _memory_mapped(self.files)
+        missing = [name for name in M3T_COLUMNS if name not in self._dataset.column_names]
+        if missing:
+            raise UserError(
+                f"{self.files[0]}: column '{missing[0]}' is missing (found: {', '.join(self._dataset.column_names)}): "
+                f"M3T rows need {', '.join(M3T_COLUMNS)}"
+            )
+        if not len(self._dataset):
+            raise UserError(f"{self.files[0]}: holds no rows: set {key} to a parquet file with data")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def record(self, row: int) -> Record:
+        """The row as a Record. Raises RowError when it can't be used."""
+        data: dict[str, Any] = self._dataset[row]
+        questions, targets = data["qry"], data["pos_text"]
+        if isinstance(questions, str):
+            questions, targets = [questions], [targets]
+        if not questions or not targets:
+            raise RowError("no turns: qry or pos_text is empty")
+        if len(questions) != len(targets):
+            raise RowError(f"qry has {len(questions)} turns but pos_text has {len(targets)}")
+        if len(questions) > TURNS_PER_SAMPLE:
+            raise RowError(f"{len(questions)} turns; at most {TURNS_PER_SAMPLE} are supported")
+        query_images = self._paths(data["qry_image_path"])
+        target_images = self._paths(data.get("pos_image_path"))
+        turns = tuple(
+            self._turn(j, question, target, bool(query_images), bool(target_images))
+            for j, (question, target) in enumerate(zip(questions, targets, strict=True))
+        )
+        return Record(row, turns, query_images, target_images)
+
+    def _turn(
+        self, j: int, question: Any, target: Any, has_query_image: bool, has_target_image: bool
+    ) -> RecordTurn:
+        paraphrases = [question] if isinstance(question, str) else list(question or [])
+        cleaned = tuple(_clean(text) for text in paraphrases if isinstance(text, str))
+        # An empty question is fine when the picture is the question; among other paraphrases it is a hole.
+        cleaned = tuple(text for text in cleaned if text) or (cleaned[:1] if has_query_image else ())
+        if not cleaned:
+            raise RowError(f"turn {j} has neither a question nor a picture")
+        text = _clean(target) if isinstance(target, str) else ""
+        if not text and not has_target_image:
+            raise RowError(f"turn {j} has an empty target")
+        return RecordTurn(cleaned, text, kind=j)
+
+    def _paths(self, value: Any) -> tuple[str, ...]:
+        names = [value] if isinstance(value, str) else list(value or [])
+        paths = tuple(os.path.realpath(os.path.join(self.images, name)) for name in names if name)
+        for path in paths:
+            if os.path.commonpath([path, self.images]) != self.images:  # '../' in a row must not reach other files
+                raise RowError(f"picture path leaves data.images: {path}")
+        return paths
+
+
+def _clean(text: str) -> str:
+    return _IMAGE_MARKER.sub("", text).strip()
+
+
+def _memory_mapped(files: list[str]) -> Dataset:
+    disable_progress_bars()
+    try:
+        return load_dataset("parquet", data_files=files, split="train")
+    except Exception as error:  # datasets wraps whatever the parquet library says
+        cause = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
+        raise UserError(f"{files[0]}: can't be read as parquet ({cause}): check that it was written completely") from error

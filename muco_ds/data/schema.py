@@ -1,0 +1,121 @@
+"""What flows through the data side: records, dialogues, packed batches.
+
+Shape suffixes: T rows (tokens) of a pack, E pooled rows, P image patches, C values of a patch, I images,
+S segments, J gathered key/value rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from muco_ds.data.segments import SegmentPlan
+
+ImageRef = str | Image.Image
+"""A picture by its path, or already decoded."""
+
+TURNS_PER_SAMPLE = 1024
+"""pair_id = sample position * TURNS_PER_SAMPLE + turn, so a sample may hold at most this many turns."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One side of an example: pictures (always rendered first) and one or more user turns."""
+
+    turns: tuple[str, ...]
+    images: tuple[ImageRef, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordTurn:
+    """A turn as a data set stores it: paraphrases of the question, one target, the kind of turn."""
+
+    questions: tuple[str, ...]
+    target: str
+    kind: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a data set before anything is drawn. Image paths are absolute."""
+
+    row: int
+    turns: tuple[RecordTurn, ...]
+    query_images: tuple[str, ...] = ()
+    target_images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many pooled rows of each side a rank holds; known on every rank from the plan, without communication."""
+
+    queries: int
+    targets: int
+    negatives: int = 0
+
+    @property
+    def keys(self) -> int:
+        return self.targets + self.negatives
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One pack: every dialogue of its examples, all sides, in one row without padding.
+
+    `emb_index_E` lists the rows to pool: all query turns first, then all targets, then all negatives (`counts`).
+    `ids_E3` holds image_id, pair_id and target_hash of each pooled row. A pack without pictures carries one dummy
+    picture (`has_images` False) so that the vision tower runs exactly once on every rank.
+    """
+
+    input_ids_T: torch.Tensor  # int64
+    position_ids_41T: torch.Tensor  # int64: text position, then mRoPE t, h, w
+    segments: SegmentPlan
+    pixels_PC: torch.Tensor  # float32
+    grid_thw_I3: torch.Tensor  # int64
+    has_images: bool
+    emb_index_E: torch.Tensor  # int64
+    ids_E3: torch.Tensor  # int64
+    counts: RowCounts
+    replaced_images: int = 0
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> PackedBatch:
+        moved: dict[str, Any] = {
+            f.name: function(getattr(self, f.name))
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, segments=self.segments.map(function), **moved)
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids_T.shape[0]
+
+    @property
+    def patches(self) -> int:
+        return self.pixels_PC.shape[0] if self.has_images else 0
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank works through in one optimizer step, and what it knows of the other ranks."""
+
+    step: int
+    epoch: int
+    packs: list[PackedBatch]
+    rows_per_rank: list[RowCounts]
+    sample_rows: np.ndarray  # data set rows of this rank, for messages
+    images: int  # of the global batch
+    cost: dict[str, float] = field(default_factory=dict)  # plan statistics: pack_fill, imbalance, flops, tokens, patches
+
+    def pin_memory(self) -> StepBatch:
+        return replace(self, packs=[pack.pin_memory() for pack in self.packs])

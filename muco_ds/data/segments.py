@@ -1,0 +1,102 @@
+"""SegmentPlan: one description of who attends to whom that covers every stage (docs/design.md).
+
+The rows of a pack are cut into consecutive query segments. Segment s attends, causally and aligned to the bottom
+right, to the key/value rows `kv_index[cu_k[s]:cu_k[s+1]]`: its last query row sees its last key row. That is what an
+ordinary flash-attention varlen call computes, so no mask tensor is ever built.
+
+Shape suffixes: T rows of the pack, S segments (S1 = S + 1), J gathered key/value rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """Attention layout of one packed row.
+
+    `kv_index_J` is None when every segment attends to exactly its own rows, so that no gather is needed.
+    `max_q` and `max_k` are Python ints because a tensor would cost a device sync in every layer.
+    """
+
+    kv_index_J: torch.Tensor | None  # int64
+    cu_q_S1: torch.Tensor  # int32
+    cu_k_S1: torch.Tensor  # int32
+    max_q: int
+    max_k: int
+    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # per-backend, shared by all layers
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SegmentPlan:
+        return replace(
+            self,
+            kv_index_J=None if self.kv_index_J is None else function(self.kv_index_J),
+            cu_q_S1=function(self.cu_q_S1),
+            cu_k_S1=function(self.cu_k_S1),
+            cache={},
+        )
+
+    def dense_mask(self) -> torch.Tensor:
+        """The same plan as a bool mask [T, T], True = attends. For tests and pictures only: it is quadratic."""
+        cu_q, cu_k = self.cu_q_S1.tolist(), self.cu_k_S1.tolist()
+        total = cu_q[-1]
+        kv_index = torch.arange(total) if self.kv_index_J is None else self.kv_index_J.cpu()
+        mask = torch.zeros(total, total, dtype=torch.bool)
+        for s in range(len(cu_q) - 1):
+            kv = kv_index[cu_k[s] : cu_k[s + 1]]
+            len_q, len_k = cu_q[s + 1] - cu_q[s], len(kv)
+            allowed = torch.ones(len_q, len_k, dtype=torch.bool).tril(len_k - len_q)
+            mask[cu_q[s] : cu_q[s + 1]] = mask[cu_q[s] : cu_q[s + 1]].index_put(
+                (torch.arange(len_q)[:, None], kv[None, :]), allowed
+            )
+        return mask
+
+
+@dataclass
+class SegmentBuilder:
+    """Collects the segments of a pack, dialogue by dialogue."""
+
+    q_lengths: list[int] = field(default_factory=list)
+    kv_parts: list[list[tuple[int, int]]] = field(default_factory=list)  # row ranges each segment attends to
+    rows: int = 0
+    gathers: bool = False
+
+    def add_causal(self, length: int) -> None:
+        """One segment over `length` new rows that sees itself alone."""
+        self._add(length, [])
+
+    def add_isolated(self, prefix: int, turns: list[int]) -> None:
+        """A shared prefix and turns of the given lengths; each turn sees the prefix and itself."""
+        start = self.rows
+        self._add(prefix, [])
+        for length in turns:
+            self._add(length, [(start, start + prefix)])
+
+    def _add(self, length: int, context: list[tuple[int, int]]) -> None:
+        self.gathers |= bool(context)
+        self.q_lengths.append(length)
+        self.kv_parts.append([*context, (self.rows, self.rows + length)])
+        self.rows += length
+
+    def build(self) -> SegmentPlan:
+        k_lengths = [sum(stop - start for start, stop in parts) for parts in self.kv_parts]
+        kv_index = None
+        if self.gathers:
+            ranges = [np.arange(start, stop) for parts in self.kv_parts for start, stop in parts]
+            kv_index = torch.from_numpy(np.concatenate(ranges))
+        return SegmentPlan(
+            kv_index_J=kv_index,
+            cu_q_S1=_cumulative(self.q_lengths),
+            cu_k_S1=_cumulative(k_lengths),
+            max_q=max(self.q_lengths),
+            max_k=max(k_lengths),
+        )
+
+
+def _cumulative(lengths: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

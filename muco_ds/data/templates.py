@@ -1,0 +1,158 @@
+"""Dialogues as tokens: the backbone's chat format, with one pooled token per turn.
+
+A turn is `user: text` answered by an assistant message that is just the pool token. Pictures always come first. Two
+layouts exist, drawn per dialogue (DESIGN: histories):
+
+- `history` (causal): the turns follow each other, each sees all before it;
+- isolated: the prefix up to the pictures is written once and each turn continues it by itself, at positions that
+  restart after the prefix, exactly as in its own single-turn prompt.
+
+Shape suffixes: L tokens of one dialogue, k turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+"""The system text of the Qwen2-VL chat template."""
+
+END = "<|im_end|>"
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One dialogue as tokens. `prefix` is 0 for a causal dialogue; `turn_lengths` are those of isolated turns."""
+
+    ids_L: np.ndarray  # int64
+    positions_4L: np.ndarray  # int64: text, t, h, w
+    emb_rows_k: list[int]
+    prefix: int
+    turn_lengths: list[int]
+
+
+class ChatTemplate:
+    """Renders dialogues to token ids and positions, and counts their tokens without rendering.
+
+    Text is tokenised alone and joined between special tokens. That equals tokenising the whole prompt because texts
+    are stripped and Qwen's pre-tokeniser never joins a newline with what follows it. Special tokens inside a text are
+    ordinary characters here: a row can't smuggle in a picture or an embedding position.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, pool_token: str) -> None:
+        self.tokenizer = tokenizer
+        self.pool_token = pool_token
+        closing = "" if pool_token == END else END
+        self.opening = self._markup(f"<|im_start|>system\n{SYSTEM_PROMPT}{END}\n<|im_start|>user\n")
+        self.tail = self._markup(f"{END}\n<|im_start|>assistant\n{pool_token}")
+        self.between = self._markup(f"{closing}\n<|im_start|>user\n")
+        self.newline = self._markup("\n")
+        self.vision_start, self.image_pad, self.vision_end = self._markup(VISION_START + IMAGE_PAD + VISION_END)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each stripped text, special tokens not recognised."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        try:
+            encodings = backend.encode_batch_fast([text.strip() for text in texts], add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = False
+        return [encoding.ids for encoding in encodings]
+
+    def count(
+        self, text_tokens_N: np.ndarray, turns_N: np.ndarray, vision_N: np.ndarray, history_N: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of N dialogues without rendering them: (all, of which prefix).
+
+        `text_tokens_N` sums the texts of a dialogue, `vision_N` its pictures' tokens with start and end, `history_N`
+        is bool. Equals `len(render(...).ids_L)`, or one newline a turn more where a turn beside a picture has no text.
+        """
+        prefix_N = len(self.opening) + vision_N
+        newlines_N = np.where(vision_N > 0, np.where(history_N, 1, turns_N), 0) * len(self.newline)
+        separators_N = np.where(history_N, (turns_N - 1) * len(self.between), 0)
+        return prefix_N + text_tokens_N + turns_N * len(self.tail) + newlines_N + separators_N, prefix_N
+
+    def render(
+        self,
+        turn_ids: Sequence[list[int]],
+        grids: Sequence[tuple[int, int, int]],
+        merge_size: int,
+        history: bool,
+    ) -> Rendered:
+        """Tokens and positions of one dialogue: texts by their ids, pictures by their patch grids."""
+        prefix = _Writer()
+        prefix.text(self.opening)
+        for grid in grids:
+            prefix.text([self.vision_start])
+            prefix.image(self.image_pad, grid, merge_size)
+            prefix.text([self.vision_end])
+        if history:
+            writer, emb_rows = prefix, []
+            for j, ids in enumerate(turn_ids):
+                if j:
+                    writer.text(self.between)
+                writer.text(self._turn(ids, after_image=bool(grids) and j == 0))
+                emb_rows.append(writer.rows - 1)
+            return Rendered(writer.ids(), writer.positions(), emb_rows, prefix=0, turn_lengths=[])
+
+        turns = []
+        for ids in turn_ids:
+            turn = prefix.continued()
+            turn.text(self._turn(ids, after_image=bool(grids)))
+            turns.append(turn)
+        lengths = [turn.rows for turn in turns]
+        return Rendered(
+            ids_L=np.concatenate([prefix.ids(), *(turn.ids() for turn in turns)]),
+            positions_4L=np.concatenate([prefix.positions(), *(turn.positions() for turn in turns)], axis=1),
+            emb_rows_k=(prefix.rows + np.cumsum(lengths) - 1).tolist(),
+            prefix=prefix.rows,
+            turn_lengths=lengths,
+        )
+
+    def _turn(self, text_ids: list[int], after_image: bool) -> list[int]:
+        return [*(self.newline if after_image and text_ids else []), *text_ids, *self.tail]
+
+    def _markup(self, text: str) -> list[int]:
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+class _Writer:
+    """Appends tokens and their positions; mRoPE as in the stock `get_rope_index`, one dialogue at a time."""
+
+    def __init__(self, text_position: int = 0, rope_position: int = 0) -> None:
+        self.rows = 0
+        self._ids: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._text_position, self._rope_position = text_position, rope_position
+
+    def continued(self) -> _Writer:
+        return _Writer(self._text_position, self._rope_position)
+
+    def text(self, ids: list[int]) -> None:
+        steps = np.arange(len(ids))
+        self._append(np.asarray(ids, np.int64), np.broadcast_to(steps + self._rope_position, (3, len(ids))))
+        self._rope_position += len(ids)
+
+    def image(self, pad_id: int, grid: tuple[int, int, int], merge_size: int) -> None:
+        t, h, w = grid[0], grid[1] // merge_size, grid[2] // merge_size
+        thw = np.indices((t, h, w)).reshape(3, -1) + self._rope_position
+        self._append(np.full(t * h * w, pad_id, np.int64), thw)
+        self._rope_position += max(h, w)
+
+    def _append(self, ids: np.ndarray, rope_3L: np.ndarray) -> None:
+        text = np.arange(len(ids)) + self._text_position
+        self._ids.append(ids)
+        self._positions.append(np.concatenate([text[None], rope_3L]))
+        self._text_position += len(ids)
+        self.rows += len(ids)
+
+    def ids(self) -> np.ndarray:
+        return np.concatenate(self._ids)
+
+    def positions(self) -> np.ndarray:
+        return np.concatenate(self._positions, axis=1).astype(np.int64)

@@ -1,0 +1,106 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the meter of a logging window."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+METRIC_KEYS = (
+    "step loss lr grad_norm temperature pairs images llm_tokens vit_patches pairs_per_s tokens_per_s mfu pack_fill imbalance "
+    "data_wait_frac peak_mem_gib masked_frac in_batch_top1 pos_sim hardest_neg_sim"
+).split()
+"""Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak."""
+
+
+class MetricsWriter:
+    """Writes one line a logging step to metrics.jsonl and the same numbers to TensorBoard; rank 0 only.
+
+    Args:
+        folder: the run's folder.
+        start_step: steps from here on will be written again; lines of a run that was cut off later are dropped.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._drop_after(start_step)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        self._board = SummaryWriter(str(folder / "tb"), purge_step=start_step + 1)
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):  # the line a killed run was writing
+                continue
+        work = self._path.with_suffix(".tmp")
+        work.write_text("".join(kept))
+        os.replace(work, self._path)
+
+    def config(self, config: dict) -> None:
+        self._board.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+
+    def write(self, values: dict[str, float | int | None]) -> None:
+        """`values` holds `step`; None is written as null and not plotted."""
+        self._file.write(json.dumps(values) + "\n")
+        step = int(values["step"] or 0)
+        for key, value in values.items():
+            if key != "step" and value is not None:
+                self._board.add_scalar(f"train/{key}" if "/" not in key else key, value, step)
+
+    def picture(self, tag: str, image: np.ndarray, step: int) -> None:
+        """`image`: uint8 [height, width, 3]."""
+        self._board.add_image(tag, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class Meter:
+    """Sums work and time between two logging steps."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._start = time.perf_counter()
+        self.waited = 0.0
+        self.pairs = self.tokens = 0
+        self.flops = 0.0
+
+    def add(self, *, pairs: int, tokens: int, flops: float, waited: float) -> None:
+        self.pairs += pairs
+        self.tokens += tokens
+        self.flops += flops
+        self.waited += waited
+
+    def rates(self, world_size: int, peak: float | None) -> dict[str, float | None]:
+        """Throughput of all ranks together over the window. The caller has waited for the device."""
+        seconds = time.perf_counter() - self._start
+        return {
+            "pairs_per_s": self.pairs / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "mfu": None if peak is None else self.flops / seconds / (peak * world_size),
+            "data_wait_frac": self.waited / seconds,
+        }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory ever held: allocated on a GPU, resident in a CPU process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,174 @@
+"""Segment attention for the text tower: one function, several backends, registered with transformers.
+
+Shape suffixes: T rows of the pack, H query heads, G key/value heads, d head dimension, J gathered rows, n segments of
+a group, q / k their padded lengths.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from muco_ds.data.segments import SegmentPlan
+
+BACKENDS = {"auto": "muco_auto", "flash_attn": "muco_fa", "varlen": "muco_varlen", "sdpa": "muco_sdpa", "dense": "muco_dense"}
+"""Config value -> registered name. transformers treats any name that contains "flash" as a hub kernel to download."""
+
+_GROUP_ROUNDING = 16  # padded lengths are multiples of this: few groups, little padding
+
+
+def segment_attention(
+    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float, backend: str
+) -> torch.Tensor:
+    """Attention of every row to what its segment may see.
+
+    Args:
+        q_THd, k_TGd, v_TGd: any float dtype for "sdpa" and "dense"; fp16 or bf16 on CUDA for the other backends.
+        backend: a key of BACKENDS; "auto" takes flash_attn, else torch's varlen_attn, else grouped SDPA.
+    Returns:
+        [T, H, d] in the dtype of q.
+    """
+    if backend == "auto":
+        backend = _best_backend(q_THd.device.type, q_THd.dtype)
+    return _FUNCTIONS[backend](q_THd, k_TGd, v_TGd, plan, scale)
+
+
+@cache
+def _best_backend(device: str, dtype: torch.dtype) -> str:
+    if device != "cuda" or dtype == torch.float32:
+        return "sdpa"
+    try:
+        import flash_attn  # noqa: F401
+
+        return "flash_attn"
+    except ImportError:
+        pass
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+
+        return "varlen"
+    except ImportError:
+        return "sdpa"
+
+
+def _gathered(x_TGd: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
+    return x_TGd if plan.kv_index_J is None else x_TGd.index_select(0, plan.kv_index_J)
+
+
+def _flash_attn(
+    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    k_JGd, v_JGd = _gathered(k_TGd, plan), _gathered(v_TGd, plan)
+    return flash_attn_varlen_func(
+        q_THd, k_JGd, v_JGd, plan.cu_q_S1, plan.cu_k_S1, plan.max_q, plan.max_k, softmax_scale=scale, causal=True
+    )
+
+
+def _varlen(
+    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    k_JGd, v_JGd = _gathered(k_TGd, plan), _gathered(v_TGd, plan)
+    parameters = inspect.signature(varlen_attn).parameters
+    # The signature changed between torch 2.10 (is_causal, no scale, no GQA) and 2.12 (window_size, scale, enable_gqa).
+    options: dict[str, Any] = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    if "scale" in parameters:
+        options["scale"] = scale
+    else:
+        q_THd = q_THd * (scale * q_THd.shape[-1] ** 0.5)
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = True
+    else:
+        repeats = q_THd.shape[1] // k_JGd.shape[1]
+        k_JGd, v_JGd = k_JGd.repeat_interleave(repeats, 1), v_JGd.repeat_interleave(repeats, 1)
+    out = varlen_attn(q_THd, k_JGd, v_JGd, plan.cu_q_S1, plan.cu_k_S1, plan.max_q, plan.max_k, **options)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _sdpa(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float) -> torch.Tensor:
+    groups, inverse_T = _sdpa_groups(plan, q_THd.device)
+    repeats = q_THd.shape[1] // k_TGd.shape[1]
+    # Heads are repeated before the gather: SDPA's own enable_gqa falls back to the unfused kernel on a CPU.
+    k_THd, v_THd = k_TGd.repeat_interleave(repeats, 1), v_TGd.repeat_interleave(repeats, 1)
+    outs = []
+    for q_rows_nq, k_rows_nk, mask_n1qk in groups:
+        q, k, v = (x[rows].transpose(1, 2) for x, rows in ((q_THd, q_rows_nq), (k_THd, k_rows_nk), (v_THd, k_rows_nk)))
+        out_nHqd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_n1qk, scale=scale)
+        outs.append(out_nHqd.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).index_select(0, inverse_T)
+
+
+def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
+    """Segments of similar shape as padded batches, computed once per plan: [(q rows, k rows, mask)], and where each
+    row's output lies in the concatenation of the batches."""
+    if "sdpa" in plan.cache:
+        return plan.cache["sdpa"]
+    cu_q, cu_k = plan.cu_q_S1.cpu().numpy().astype(np.int64), plan.cu_k_S1.cpu().numpy().astype(np.int64)
+    len_q, len_k = np.diff(cu_q), np.diff(cu_k)
+    kv_index = np.arange(cu_q[-1]) if plan.kv_index_J is None else plan.kv_index_J.cpu().numpy()
+    padded = np.stack([-(-len_q // _GROUP_ROUNDING), -(-len_k // _GROUP_ROUNDING)], 1) * _GROUP_ROUNDING
+    shapes, owner = np.unique(padded, axis=0, return_inverse=True)
+    groups, inverse, offset = [], np.empty(cu_q[-1], np.int64), 0
+    for g in range(len(shapes)):
+        members = np.flatnonzero(owner.reshape(-1) == g)
+        q_max, k_max = len_q[members].max(), len_k[members].max()
+        q_pos, k_pos = np.arange(q_max), np.arange(k_max)
+        q_real = q_pos < len_q[members, None]
+        # Padding repeats the segment's own last row, so no other dialogue's values are ever touched, not even times 0.
+        q_rows = cu_q[members, None] + np.minimum(q_pos, len_q[members, None] - 1)
+        k_rows = kv_index[cu_k[members, None] + np.minimum(k_pos, len_k[members, None] - 1)]
+        shift = (len_k - len_q)[members, None, None]  # bottom right: row i sees keys up to i + shift
+        mask = (k_pos[None, None, :] <= q_pos[None, :, None] + shift) & (k_pos < len_k[members, None])[:, None, :]
+        inverse[q_rows[q_real]] = offset + np.flatnonzero(q_real.reshape(-1))
+        offset += q_rows.size
+        groups.append(tuple(torch.from_numpy(x).to(device) for x in (q_rows, k_rows, mask[:, None])))
+    plan.cache["sdpa"] = groups, torch.from_numpy(inverse).to(device)
+    return plan.cache["sdpa"]
+
+
+def _dense(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float) -> torch.Tensor:
+    """The plain twin: one mask over everything, softmax written out. Quadratic; for tests."""
+    repeats = q_THd.shape[1] // k_TGd.shape[1]
+    k_THd, v_THd = k_TGd.repeat_interleave(repeats, 1), v_TGd.repeat_interleave(repeats, 1)
+    scores_HTT = torch.einsum("qhd,khd->hqk", q_THd, k_THd) * scale
+    scores_HTT = scores_HTT.masked_fill(~plan.dense_mask().to(q_THd.device), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores_HTT.softmax(-1), v_THd)
+
+
+_FUNCTIONS = {"flash_attn": _flash_attn, "varlen": _varlen, "sdpa": _sdpa, "dense": _dense}
+
+
+def register_attention() -> None:
+    """Make the backends known to transformers' AttentionInterface; the stock models then call them."""
+    for backend, name in BACKENDS.items():
+        AttentionInterface.register(name, _interface(backend))
+
+
+def _interface(backend: str) -> Any:
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,  # [1, H, T, d]
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        segments: SegmentPlan,
+        dropout: float = 0.0,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert attention_mask is None and dropout == 0.0 and query.shape[0] == 1
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return segment_attention(q, k, v, segments, scaling, backend)[None], None
+
+    return attention

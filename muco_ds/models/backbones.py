@@ -1,0 +1,170 @@
+"""Loading a Qwen2-VL-class backbone, its tokenizer and image processor, with proof that every weight arrived."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLModel,
+    Qwen2VLModel,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from muco_ds.errors import UserError
+from muco_ds.models.attention import BACKENDS, register_attention
+
+log = logging.getLogger(__name__)
+
+BACKBONES: dict[str, type[PreTrainedModel]] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
+
+EMB_TOKEN, MASK_TOKEN = "<|emb|>", "<|mask|>"
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """Configuration of a supported backbone folder. Raises UserError for a folder that is none."""
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"model.path: '{path}' holds no config.json: give a Hugging Face model folder")
+    with open(os.path.join(path, "config.json")) as file:
+        model_type = json.load(file).get("model_type")
+    if model_type not in BACKBONES:
+        raise UserError(f"model.path: '{path}' is a '{model_type}' model; supported: {', '.join(BACKBONES)}")
+    return AutoConfig.from_pretrained(path)
+
+
+def load_tokenizer(path: str, pool_token: str) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer with `<|emb|>` and `<|mask|>` added behind its last token (spare vocabulary rows).
+
+    With another `model.pool_token`, which must be one of the tokenizer's own, nothing is added.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if pool_token == EMB_TOKEN:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [EMB_TOKEN, MASK_TOKEN]}, replace_extra_special_tokens=False
+        )
+    elif pool_token not in tokenizer.get_vocab():
+        raise UserError(f"model.pool_token: '{pool_token}' is not a token of '{path}': use {EMB_TOKEN} or <|im_end|>")
+    return tokenizer
+
+
+def load_image_processor(path: str) -> Qwen2VLImageProcessorPil:
+    """The folder's image processor in its Pillow form: torchvision is not needed to train."""
+    return Qwen2VLImageProcessorPil.from_pretrained(path)
+
+
+def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: int) -> PreTrainedModel:
+    """The stock Hugging Face model without vocabulary head, every weight compared with the files.
+
+    Under ZeRO-3 the caller keeps an `HfDeepSpeedConfig` alive, and the weights arrive partitioned (zero.Init).
+
+    Args:
+        attention: a key of `attention.BACKENDS`, for the text tower.
+        vocabulary: ids the tokenizer can produce; the embedding table is enlarged only if it has fewer rows.
+    Raises:
+        UserError: unsupported or incomplete folder, a weight that is missing or differs from the file.
+    """
+    config = load_config(path)
+    register_attention()
+    implementation = {"": BACKENDS[attention], "text_config": BACKENDS[attention], "vision_config": _vision_attention()}
+    try:
+        model = BACKBONES[config.model_type].from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=implementation
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"model.path: '{path}' does not load: {str(error).splitlines()[0]}") from error
+    verify_weights(model, path)
+    check_rotary_tables(model)
+    rows = model.get_input_embeddings().num_embeddings
+    if vocabulary > rows:
+        log.warning("vocabulary: %d rows enlarged to %d for the new tokens", rows, vocabulary)
+        model.resize_token_embeddings(vocabulary)
+    return model
+
+
+def _vision_attention() -> str:
+    try:
+        import flash_attn  # noqa: F401
+
+        return "flash_attention_2" if torch.cuda.is_available() else "sdpa"
+    except ImportError:
+        return "sdpa"
+
+
+def verify_weights(model: PreTrainedModel, path: str) -> None:
+    """Compare each parameter with the safetensors files: name, shape and every value. Works on ZeRO-3 partitions.
+
+    transformers re-initialises a missing weight with no more than a warning; a model that trains from such a start
+    looks healthy and is ruined.
+    """
+    files = {canonical_name(name): (file, name) for name, file in _tensor_files(path)}
+    loaded = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    missing = sorted(loaded.keys() - files.keys())
+    if missing:
+        raise UserError(f"model.path: '{path}' lacks the weight '{missing[0]}' ({len(missing)} in all are missing)")
+    unused = sorted(files.keys() - loaded.keys() - {"lm_head.weight"})
+    if unused:
+        log.warning("%s: %d tensors are not part of the model and are not used, e.g. %s", path, len(unused), unused[0])
+    for name, parameter in loaded.items():
+        file, stored_name = files[name]
+        with gathered(parameter), safe_open(file, framework="pt") as tensors:
+            stored = tensors.get_tensor(stored_name).to(parameter.dtype)
+            if stored.shape != parameter.shape:
+                raise UserError(f"{file}: '{stored_name}' is {tuple(stored.shape)}, expected {tuple(parameter.shape)}")
+            if not torch.equal(stored, parameter.detach().cpu()):
+                raise UserError(f"{file}: '{stored_name}' was not loaded as stored: the model would start wrong")
+
+
+def gathered(parameter: torch.nn.Parameter) -> Any:
+    """Context in which a parameter is whole on every rank, partitioned by ZeRO-3 or not."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def canonical_name(name: str) -> str:
+    """One name for a weight in every layout transformers ever wrote for these models."""
+    for prefix in ("model.", "language_model.model.", "language_model."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _tensor_files(path: str) -> Iterator[tuple[str, str]]:
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(index):
+        with open(index) as file:
+            weight_map = json.load(file)["weight_map"]
+        yield from ((name, os.path.join(path, shard)) for name, shard in weight_map.items())
+        return
+    single = os.path.join(path, "model.safetensors")
+    if not os.path.isfile(single):
+        raise UserError(f"model.path: '{path}' holds no model.safetensors: convert the weights to safetensors first")
+    with safe_open(single, framework="pt") as tensors:
+        yield from ((name, single) for name in tensors.keys())  # noqa: SIM118 - not a dict
+
+
+def check_rotary_tables(model: PreTrainedModel) -> None:
+    """Every rotary table must be float32 and equal to a fresh one (zero.Init once turned them to bf16, FACTS of 5.17).
+
+    Raises:
+        UserError: naming the table; the cure is a newer transformers.
+    """
+    for name, module in model.named_modules():
+        table = getattr(module, "inv_freq", None)
+        if table is None:
+            continue
+        fresh = type(module)(module.config).inv_freq
+        if table.dtype != torch.float32 or not torch.equal(table.cpu(), fresh.cpu()):
+            raise UserError(f"rotary table {name} is {table.dtype} or altered: install transformers>=5.23")

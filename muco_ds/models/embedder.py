@@ -1,0 +1,158 @@
+"""Embedder: a stock Qwen2-VL-class model that turns one packed row into one embedding per pooled token.
+
+Shape suffixes: T rows of the pack, E pooled rows, D hidden size, N items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel
+
+from muco_ds.data.collator import Packer
+from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
+from muco_ds.errors import UserError
+from muco_ds.models.backbones import load_backbone
+from muco_ds.models.encode import encode_dialogues
+from muco_ds.models.folder import Processing, read_settings
+from muco_ds.ops import pool_normalize
+
+Item = str | Image.Image | Mapping[str, Any]
+"""A text, a picture, or {"text": str, "image": path, picture or list of them, "instruction": str} with any of the keys."""
+
+
+class PoolingNorm(nn.Module):
+    """Takes the place of the text tower's final norm: pools, normalises and scales E rows instead of T.
+
+    It keeps the norm's own weight under the norm's own name, so checkpoints are those of the stock model, and because
+    the weight is used in the forward of the module that owns it, ZeRO-3 gathers it there.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        self.eps: float = norm.variance_epsilon  # type: ignore[assignment]
+        self._emb_index_E: torch.Tensor | None = None
+
+    @contextmanager
+    def at(self, emb_index_E: torch.Tensor) -> Iterator[None]:
+        """Pool these rows in the forward run inside the context."""
+        self._emb_index_E = emb_index_E
+        try:
+            yield
+        finally:
+            self._emb_index_E = None
+
+    def forward(self, hidden_1TD: torch.Tensor) -> torch.Tensor:
+        assert self._emb_index_E is not None, "call inside `at(emb_index_E)`"
+        return pool_normalize(hidden_1TD[0], self._emb_index_E, self.weight, self.eps)
+
+
+class Embedder(nn.Module):
+    """Vision tower once, text tower once with the pack's SegmentPlan, pooled and normalised embeddings.
+
+    Args:
+        model: from `backbones.load_backbone`; its final norm is replaced by `PoolingNorm`.
+        freeze_vision: the vision tower gets no gradient and builds no graph.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, freeze_vision: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.freeze_vision = freeze_vision
+        self.packer: Packer | None = None  # set where the model is used to encode
+        text = model.language_model
+        text.norm = PoolingNorm(text.norm)
+        if freeze_vision:
+            model.visual.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Embedder:
+        """A model folder written by tools/convert_ckpt.py, ready to encode.
+
+        Args:
+            device: default CUDA if there is one, else CPU.
+            dtype: default bf16 on CUDA, fp32 on a CPU.
+        Raises:
+            UserError: a folder that is no exported model, or one with a weight missing.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        processing = Processing.load(path, read_settings(path))
+        model = load_backbone(path, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))
+        embedder = cls(model, freeze_vision=True).to(device).eval()
+        embedder.packer = processing.packer()
+        return embedder
+
+    def encode(self, items: Sequence[Item], *, pack_tokens: int = 16384, progress: bool = False) -> np.ndarray:
+        """Embeddings of the items in their order, float32 [N, D], unit length.
+
+        Raises:
+            UserError: an item of another type or without content.
+            ImageError: a picture that does not decode.
+        """
+        return self._encode([_dialogue(i, item) for i, item in enumerate(items)], pack_tokens, progress)
+
+    def encode_turns(self, image: ImageRef, questions: Sequence[str]) -> np.ndarray:
+        """Embeddings of several questions about one picture, float32 [k, D]; the picture is encoded once."""
+        return self._encode([Dialogue(tuple(questions), (image,))], pack_tokens=1, progress=False)
+
+    def _encode(self, dialogues: list[Dialogue], pack_tokens: int, progress: bool) -> np.ndarray:
+        assert self.packer is not None, "an Embedder encodes after from_pretrained"
+        if not dialogues:
+            return np.zeros((0, self.model.config.text_config.hidden_size), np.float32)
+        device = next(self.parameters()).device
+        description = "encoding" if progress else None
+        return encode_dialogues(
+            self, self.packer, dialogues, pack_tokens=pack_tokens, device=device, progress=description
+        ).numpy()
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Embeddings of every pooled row of a pack, [E, D] float32, unit length."""
+        text = self.model.language_model
+        inputs_1TD = text.embed_tokens(batch.input_ids_T)[None]
+        inputs_1TD = self._with_images(inputs_1TD, batch)
+        with text.norm.at(batch.emb_index_E):
+            out = text(
+                inputs_embeds=inputs_1TD,
+                position_ids=batch.position_ids_41T,
+                # A dict is taken as ready-made masks: no mask is built, `segments` says who attends to whom.
+                attention_mask={"full_attention": None, "sliding_attention": None},
+                use_cache=False,
+                segments=batch.segments,
+            )
+        return out.last_hidden_state
+
+    def _with_images(self, inputs_1TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        visual = self.model.visual
+        with torch.no_grad() if self.freeze_vision else nullcontext():
+            features_ND = visual(batch.pixels_PC.to(visual.dtype), grid_thw=batch.grid_thw_I3).pooler_output
+        features_ND = features_ND.to(inputs_1TD.dtype)
+        if not batch.has_images:
+            # The dummy picture keeps ranks in step (ZeRO-3 gathers, gradient reductions) and must change nothing.
+            return inputs_1TD + 0.0 * features_ND.sum()
+        image_1T1 = (batch.input_ids_T == self.model.config.image_token_id)[None, :, None]
+        return inputs_1TD.masked_scatter(image_1T1, features_ND)
+
+
+def _dialogue(position: int, item: Item) -> Dialogue:
+    if isinstance(item, str):
+        item = {"text": item}
+    elif isinstance(item, Image.Image):
+        item = {"image": item}
+    if not isinstance(item, Mapping) or not item.keys() <= {"text", "image", "instruction"}:
+        raise UserError(f"item {position}: give a text, a picture, or a dict with 'text', 'image', 'instruction'")
+    image = item.get("image")
+    images = () if image is None else tuple(image) if isinstance(image, (list, tuple)) else (image,)
+    text = "\n".join(part for part in (item.get("instruction"), item.get("text")) if part)
+    if not text.strip() and not images:
+        raise UserError(f"item {position}: has neither text nor picture")
+    return Dialogue((text,), images)

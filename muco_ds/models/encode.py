@@ -1,0 +1,80 @@
+"""Dialogues -> embeddings without gradients: packed by token budget, shared out over the ranks, results in input order.
+
+Shape suffixes: N embeddings of all dialogues, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from muco_ds.data.collator import QUERY, Packer, Side
+from muco_ds.data.images import read_size
+from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
+from muco_ds.distributed import env
+from muco_ds.distributed.gather import gather_rows
+
+
+@torch.no_grad()
+def encode_dialogues(
+    model: Callable[[PackedBatch], torch.Tensor],
+    packer: Packer,
+    dialogues: Sequence[Dialogue],
+    *,
+    pack_tokens: int,
+    device: torch.device,
+    progress: str | None = None,
+) -> torch.Tensor:
+    """Embeddings of every turn of every dialogue, [N, D] float32 on the CPU, in order, the same on every rank.
+
+    Turns are isolated: several questions about one picture share it and are otherwise encoded as if alone. Every rank
+    must call this with the same dialogues; each encodes a share, and all make equally many forwards (ZeRO-3).
+
+    Args:
+        progress: description of a progress bar on rank 0; None for none.
+    Raises:
+        ImageError: a picture that does not decode.
+    """
+    packs = split_by_tokens(packer, dialogues, pack_tokens)
+    world_size, rank = env.world_size(), env.rank()
+    rounds = range(-(-len(packs) // world_size))
+    parts: list[torch.Tensor] = []
+    for round_index in tqdm(rounds, desc=progress, unit="pack", disable=progress is None or not env.is_main()):
+        # In the last round ranks without a pack of their own repeat the first, so that none is missing in a collective.
+        mine = [packs[i] if (i := round_index * world_size + r) < len(packs) else packs[0] for r in range(world_size)]
+        batch = packer.pack([_side(dialogues[i]) for i in mine[rank]], replace_broken=False).to(device)
+        counts = [sum(len(dialogues[i].turns) for i in pack) for pack in mine]
+        parts.append(gather_rows(model(batch).float(), counts).cpu())
+    total = sum(len(dialogue.turns) for dialogue in dialogues)
+    return torch.cat(parts)[:total]
+
+
+def split_by_tokens(packer: Packer, dialogues: Sequence[Dialogue], pack_tokens: int) -> list[list[int]]:
+    """Consecutive dialogues grouped into packs of at most `pack_tokens` (a longer one stands alone)."""
+    texts = [turn for dialogue in dialogues for turn in dialogue.turns]
+    counts = iter([len(ids) for ids in packer.template.encode_texts(texts)])
+    packs: list[list[int]] = []
+    room = 0
+    for i, dialogue in enumerate(dialogues):
+        text = np.array([sum(next(counts) for _ in dialogue.turns)])
+        vision = np.array([sum(_vision_tokens(packer, image) for image in dialogue.images)])
+        turns = np.array([len(dialogue.turns)])
+        need = int(packer.template.count(text, turns, vision, np.array([False]))[0][0])
+        if not packs or need > room:
+            packs.append([])
+            room = pack_tokens
+        packs[-1].append(i)
+        room -= need
+    return packs
+
+
+def _vision_tokens(packer: Packer, image: ImageRef) -> int:
+    size = read_size(image) if isinstance(image, str) else image.size
+    return packer.images.tokens(packer.images.grid(*size)) + 2
+
+
+def _side(dialogue: Dialogue) -> Side:
+    return Side(QUERY, dialogue, history=False, ids_k3=np.zeros((len(dialogue.turns), 3), np.int64))

@@ -1,0 +1,78 @@
+"""What stands beside the weights of an embedding model: tokenizer, image settings, how to pool.
+
+Written into every checkpoint, from where the exporter copies it, so that a checkpoint can be converted without the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from muco_ds.config import DataOptions
+from muco_ds.data.collator import Packer
+from muco_ds.data.images import ImageLimits, ImagePipeline
+from muco_ds.data.templates import ChatTemplate
+from muco_ds.errors import UserError
+from muco_ds.models.backbones import load_image_processor, load_tokenizer
+
+SETTINGS_FILE = "muco_ds.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was trained to embed; inference must do the same."""
+
+    pool_token: str
+    min_pixels: int
+    max_pixels: int
+    short_side: int | None
+
+    @classmethod
+    def of_run(cls, pool_token: str, data: DataOptions) -> Settings:
+        return cls(pool_token, data.min_pixels, data.max_pixels, data.short_side)
+
+    @property
+    def limits(self) -> ImageLimits:
+        return ImageLimits(self.min_pixels, self.max_pixels, self.short_side)
+
+
+@dataclass(frozen=True)
+class Processing:
+    """Tokenizer, image processor and settings of one model folder."""
+
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: Qwen2VLImageProcessorPil
+    settings: Settings
+
+    @classmethod
+    def load(cls, path: str, settings: Settings) -> Processing:
+        """From a backbone folder (new tokens are added) or from one of our own."""
+        return cls(load_tokenizer(path, settings.pool_token), load_image_processor(path), settings)
+
+    def packer(self) -> Packer:
+        images = ImagePipeline(self.image_processor, self.settings.limits)
+        return Packer(ChatTemplate(self.tokenizer, self.settings.pool_token), images)
+
+    def save(self, path: Path, config: PretrainedConfig) -> None:
+        """Write everything but the weights."""
+        path.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        self.image_processor.save_pretrained(path)
+        (path / SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+
+
+def read_settings(path: str) -> Settings:
+    """Settings of an exported model folder. Raises UserError for a folder that holds none."""
+    file = os.path.join(path, SETTINGS_FILE)
+    if not os.path.isfile(file):
+        raise UserError(f"'{path}' holds no {SETTINGS_FILE}: give a folder written by tools/convert_ckpt.py")
+    with open(file) as handle:
+        return Settings(**json.load(handle))
+
+

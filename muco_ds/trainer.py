@@ -1,0 +1,214 @@
+"""The loop: build, resume, step, log, validate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from muco_ds.build import Parts, build_parts
+from muco_ds.checkpoint import Checkpoints
+from muco_ds.config import RunConfig, save_config
+from muco_ds.data.loader import step_batches
+from muco_ds.data.schema import StepBatch
+from muco_ds.distributed import env
+from muco_ds.distributed.stop import StopSignal
+from muco_ds.errors import UserError
+from muco_ds.eval.m3t import M3TTask
+from muco_ds.eval.picture import retrieval_picture
+from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
+from muco_ds.flops import peak_flops
+from muco_ds.models.encode import encode_dialogues
+from muco_ds.models.probe import probe_dialogues
+from muco_ds.optim import learning_rate
+from muco_ds.resume import check_same_run
+
+log = logging.getLogger(__name__)
+
+VERSIONED = ("torch", "deepspeed", "transformers", "muco_ds")
+
+
+class Trainer:
+    """One run. Every rank builds one and calls `fit`.
+
+    Raises:
+        UserError: whatever of the user's input turns out wrong, on every rank.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.folder = Path(config.run.dir) / config.run.name
+        self.parts: Parts = build_parts(config, device)
+        self.engine, self.task = self.parts.engine, self.parts.task
+        self.max_steps = _max_steps(config, self.parts.plan.steps_per_epoch)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
+        self.start_step = self._resume()
+        self.metrics: MetricsWriter | None = None
+        if env.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.folder / "config.yaml")
+            self.metrics = MetricsWriter(self.folder, self.start_step)
+            self.metrics.config(asdict(config))
+
+    def fit(self) -> bool:
+        """Train to the last step. False when a signal ended the run early (state saved)."""
+        config, meter, stop = self.config, Meter(), StopSignal(self.device)
+        bar = tqdm(total=self.max_steps, initial=self.start_step, desc=config.run.name, disable=not env.is_main())
+        saved = self.start_step
+        step = self.start_step
+        for batch, waited in self._batches():
+            stats = self.train_step(batch)
+            step = batch.step + 1
+            bar.update()
+            pairs = sum(rows.queries for rows in batch.rows_per_rank)
+            meter.add(pairs=pairs, tokens=int(batch.cost["llm_tokens"]), flops=batch.cost["flops"], waited=waited)
+            last = step == self.max_steps
+            if step % config.log.every == 0 or last:
+                bar.set_postfix_str(self._log(batch, stats, meter))
+            if config.validation.every and (step % config.validation.every == 0 or last):
+                self._validate(step)
+                meter.reset()
+            stopped = stop.agreed()
+            if step % config.checkpoint.every == 0 or last or stopped:
+                self._save(step)
+                saved = step
+                meter.reset()
+            if stopped:
+                break
+        bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        assert saved == step
+        return step == self.max_steps
+
+    def train_step(self, batch: StepBatch) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns the local sums of the loss's statistics, on the device."""
+        pack = batch.packs[0].to(self.device)
+        emb_ED = self.engine(pack)  # all queries and targets of this rank in one forward
+        result = self.task.loss(emb_ED, pack, batch.rows_per_rank)  # against the keys of all ranks
+        self.engine.backward(result.loss)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(batch.step, self.max_steps, self.config.optim)
+        self.engine.step()  # averages gradients over ranks, clips, AdamW
+        replaced = result.loss.new_tensor(float(sum(pack.replaced_images for pack in batch.packs)))
+        return {**result.stats, "replaced_images": replaced}
+
+    def _batches(self) -> Iterator[tuple[StepBatch, float]]:
+        """Batches with the seconds the loop had to wait for each."""
+        batches = step_batches(
+            self.parts.steps(self.max_steps),
+            self.start_step,
+            workers=self.config.data.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch, time.perf_counter() - start
+
+    def _log(self, batch: StepBatch, stats: dict[str, torch.Tensor], meter: Meter) -> str:
+        """Write this step's values and the window's rates; returns the progress bar's text. Collective."""
+        names = sorted(stats)
+        totals = env.sum_over_ranks(torch.stack([stats[name].float() for name in names]))
+        total = dict(zip(names, totals.tolist(), strict=True))
+        rates = meter.rates(env.world_size(), peak_flops(self.device))
+        meter.reset()
+        norm = self.engine.get_global_grad_norm()
+        values: dict[str, float | int | None] = {
+            "step": batch.step + 1,
+            "epoch": batch.epoch,
+            "loss": total["loss"],
+            "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
+            "grad_norm": None if norm is None else float(norm),
+            "temperature": self.config.loss.temperature,
+            "pairs": int(total["rows"]),
+            "images": batch.images,
+            "llm_tokens": int(batch.cost["llm_tokens"]),
+            "vit_patches": int(batch.cost["vit_patches"]),
+            **rates,
+            "pack_fill": batch.cost["pack_fill"],
+            "imbalance": batch.cost["imbalance"],
+            "peak_mem_gib": peak_memory_gib(self.device),
+            "masked_frac": total["masked"] / total["entries"],
+            "in_batch_top1": total["top1"] / total["rows"],
+            "pos_sim": total["pos_sim"] / total["rows"],
+            "hardest_neg_sim": total["hardest_neg_sim"] / total["rows"],
+            "replaced_images": int(total["replaced_images"]),
+        }
+        if not math.isfinite(total["loss"]):
+            raise UserError(f"step {batch.step + 1}: loss is {total['loss']}: lower optim.lr or raise loss.temperature")
+        if self.metrics is not None:
+            self.metrics.write(values)
+        return f"loss {values['loss']:.3f} top1 {values['in_batch_top1']:.2f} {rates['pairs_per_s']:.0f} pairs/s"
+
+    def _validate(self, step: int) -> None:
+        """precision@1 on held-out rows, and a picture of some answers. Collective."""
+        assert self.parts.validation is not None
+        task = M3TTask.from_records(self.parts.validation)
+        self.engine.eval()
+        ranking = task.rank(
+            self.engine, self.parts.packer, pack_tokens=self.config.batch.pack_tokens, device=self.device, progress=False
+        )
+        self.engine.train()
+        if self.metrics is None:
+            return
+        results = task.results(ranking)
+        self.metrics.write({"step": step, **{f"val/{kind}/precision@1": r["precision@1"] for kind, r in results.items()}})
+        self.metrics.picture("val/answers", retrieval_picture(task, ranking), step)
+
+    def _probe(self) -> torch.Tensor:
+        """Embeddings of the fixed probe items by the model as it is now. Collective."""
+        self.engine.eval()
+        probe_ND = encode_dialogues(
+            self.engine, self.parts.packer, probe_dialogues(), pack_tokens=self.config.batch.pack_tokens, device=self.device
+        )
+        self.engine.train()
+        return probe_ND
+
+    def _save(self, step: int) -> None:
+        probe_ND = self._probe()
+
+        def write_beside(path: Path) -> None:
+            self.parts.processing.save(path / "hf", self.task.embedder.model.config)
+            save_file({"probe_ND": probe_ND.contiguous()}, path / "probe.safetensors")
+
+        meta = {
+            "config": asdict(self.config),
+            "world_size": env.world_size(),
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "versions": {name: version(name) for name in VERSIONED},
+        }
+        self.checkpoints.save(self.engine, step, meta, write_beside)
+
+    def _resume(self) -> int:
+        """Load the newest complete checkpoint of this run, if there is one; returns the step to go on from."""
+        complete: list[Any] = self.checkpoints.complete()
+        if not complete:
+            return 0
+        if not self.config.checkpoint.resume:
+            raise UserError(f"{self.folder} holds checkpoints: set checkpoint.resume=true or another run.name")
+        check_same_run(complete[0], asdict(self.config))
+        meta = self.checkpoints.load(self.engine, complete[0])
+        if env.is_main():
+            log.info("resumed from %s", complete[0])
+        return meta["step"]
+
+
+def _max_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    limits = []
+    if config.run.max_steps is not None:
+        limits.append(config.run.max_steps)
+    if config.run.epochs is not None:
+        limits.append(math.ceil(config.run.epochs * steps_per_epoch))
+    return min(limits)

@@ -1,0 +1,42 @@
+"""Package metadata; the tools' settings are in pyproject.toml, the tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# Read, not imported: muco_ds may need what is not installed yet.
+(VERSION,) = re.findall(r'^__version__ = "(.+)"', (ROOT / "muco_ds" / "__init__.py").read_text(encoding="utf-8"), re.M)
+
+setup(
+    name="muco_ds",
+    version=VERSION,
+    description="DeepSpeed training of multimodal embedding models with multi-turn contrastive learning",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["muco_ds", "muco_ds.*"]),
+    install_requires=[
+        "torch>=2.10",  # the first with torch.nn.attention.varlen
+        "deepspeed>=0.19.8",  # frozen parameters with non-reentrant checkpointing under ZeRO-3
+        # 5.23 is the first to keep rotary tables in fp32 under zero.Init, and needs Python 3.11.
+        'transformers>=5.23,<6; python_version >= "3.11"',
+        'transformers>=5.20,<6; python_version < "3.11"',
+        "accelerate",
+        "datasets",
+        "docstring-parser",  # jsonargparse shows the fields' descriptions in --help with it
+        "jsonargparse",
+        "numpy",
+        "peft",
+        "pillow",
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "tqdm",
+        'triton>=3.6; platform_system == "Linux"',
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "sentence-transformers>=6.2", "torchvision"],
+    },
+)

@@ -1,0 +1,242 @@
+"""losses.info_nce: the tiled form equals the dense one and the paper's equation, and never holds rows x keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from muco_ds.losses import InfoNCE, RowIds, info_nce, info_nce_dense
+
+Loss = Callable[..., InfoNCE]
+BOTH = pytest.mark.parametrize("loss", [info_nce, info_nce_dense])
+
+
+def make_batch(
+    n_rows: int, n_keys: int, dim: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, RowIds, RowIds]:
+    """Rows with their positives at random places among the keys, the rest negatives.
+
+    There are few images and few texts, so that both masks bite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    query_RD = F.normalize(torch.randn(n_rows, dim, generator=generator, dtype=dtype), dim=-1).requires_grad_()
+    key_KD = F.normalize(torch.randn(n_keys, dim, generator=generator, dtype=dtype), dim=-1).requires_grad_()
+    place_R = torch.randperm(n_keys, generator=generator)[:n_rows]
+    key_ids_K3 = torch.stack(
+        [
+            torch.randint(0, 5, (n_keys,), generator=generator),
+            torch.full((n_keys,), -1),
+            torch.randint(0, 7, (n_keys,), generator=generator),
+        ],
+        dim=1,
+    )
+    key_ids_K3[place_R, 1] = torch.arange(n_rows)
+    return query_RD, key_KD, RowIds.from_table(key_ids_K3[place_R]), RowIds.from_table(key_ids_K3)
+
+
+def ids(*rows: tuple[int, int, int]) -> RowIds:
+    return RowIds.from_table(torch.tensor(rows, dtype=torch.int64).reshape(-1, 3))
+
+
+def gradients(loss: Loss, *batch: Any, **options: Any) -> list[torch.Tensor]:
+    query_RD, key_KD = batch[:2]
+    temperature = torch.tensor(0.05, dtype=query_RD.dtype, requires_grad=True)
+    result = loss(*batch, temperature=temperature, **options)
+    return [result.loss_sum, *torch.autograd.grad(result.loss_sum, [query_RD, key_KD, temperature])]
+
+
+@pytest.mark.parametrize("tile_rows, tile_keys", [(1, 1), (3, 4), (7, 5), (1000, 1000)])
+@pytest.mark.parametrize("n_rows, n_keys", [(1, 1), (5, 13), (13, 13), (7, 31)])
+@pytest.mark.parametrize("masks", [(True, True), (True, False), (False, True), (False, False)])
+def test_tiled_equals_dense_forward_and_gradients(
+    n_rows: int, n_keys: int, tile_rows: int, tile_keys: int, masks: tuple[bool, bool]
+) -> None:
+    batch = make_batch(n_rows, n_keys)
+    options = {"mask_same_image": masks[0], "mask_same_target": masks[1]}
+    tiled = gradients(info_nce, *batch, tile_rows=tile_rows, tile_keys=tile_keys, **options)
+    dense = gradients(info_nce_dense, *batch, **options)
+    for got, want in zip(tiled, dense, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_are_float32_for_every_input_dtype_and_under_autocast(dtype: torch.dtype) -> None:
+    query_RD, key_KD, query_ids, key_ids = make_batch(9, 20, dtype=torch.float32)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in (query_RD, key_KD)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in low]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = info_nce(low[0], low[1], query_ids, key_ids, tile_rows=4, tile_keys=6)
+    reference = info_nce_dense(exact[0], exact[1], query_ids, key_ids)
+    assert result.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(result.loss_sum.double(), reference.loss_sum, rtol=2e-6, atol=0)
+    result.loss_sum.backward()
+    reference.loss_sum.backward()
+    for got, want in zip(low, exact, strict=True):
+        assert got.grad is not None and want.grad is not None and got.grad.dtype == dtype
+        error = (got.grad.double() - want.grad).norm() / want.grad.norm()
+        assert error < max(1e-5, torch.finfo(dtype).eps)  # half precision: the rounding of the returned gradient alone
+
+
+def test_gradcheck_in_float64() -> None:
+    query_RD, key_KD, *tables = make_batch(5, 9, dim=4)
+
+    def loss_sum(query_RD: torch.Tensor, key_KD: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        return info_nce(query_RD, key_KD, *tables, temperature=temperature, tile_rows=2, tile_keys=4).loss_sum
+
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss_sum, (query_RD, key_KD, temperature))
+
+
+@BOTH
+def test_hand_computed_example(loss: Loss) -> None:
+    # Two turns of image 0, one of image 1 that has the target text (hash 20) of pair 0, and a hard negative.
+    # Temperature 1/2.
+    query_RD = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    key_KD = torch.tensor([[0.6, 0.8], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    query_ids = ids((0, 5, 20), (0, 6, 21))
+    key_ids = ids((0, 5, 20), (0, 6, 21), (1, 7, 20), (9, -1, 30))
+
+    def value(**masks: bool) -> float:
+        return loss(query_RD, key_KD, query_ids, key_ids, temperature=0.5, **masks).loss_sum.item()
+
+    # s = q . k / tau: row 0 has (1.2, 0, 2, -2), row 1 (1.6, 2, 0, 0).
+    e = math.exp
+    row1_masked = math.log((e(2) + 2) / e(2))
+    row1_open = math.log((e(1.6) + e(2) + 2) / e(2))
+    assert value() == pytest.approx(math.log((e(1.2) + e(-2)) / e(1.2)) + row1_masked, rel=1e-6)
+    assert value(mask_same_image=False) == pytest.approx(math.log((e(1.2) + 1 + e(-2)) / e(1.2)) + row1_open, rel=1e-6)
+    assert value(mask_same_target=False) == pytest.approx(
+        math.log((e(1.2) + e(2) + e(-2)) / e(1.2)) + row1_masked, rel=1e-6
+    )
+
+
+@BOTH
+def test_hard_negatives_as_extra_keys(loss: Loss) -> None:
+    query_RD, key_KD, query_ids, key_ids = make_batch(4, 4)
+    negative_ND = F.normalize(query_RD.detach() + 0.1, dim=-1).requires_grad_()
+    fresh_ids = ids(*[(100 + i, -1, 100 + i) for i in range(4)])
+    pairs = [getattr(key_ids, name) for name in vars(key_ids)], [getattr(fresh_ids, name) for name in vars(fresh_ids)]
+    with_negatives_ids = RowIds(*[torch.cat(columns) for columns in zip(*pairs, strict=True)])
+
+    plain = loss(query_RD, key_KD, query_ids, key_ids)
+    harder = loss(query_RD, torch.cat([key_KD, negative_ND]), query_ids, with_negatives_ids)
+    assert harder.loss_sum > plain.loss_sum + 1
+    (grad_ND,) = torch.autograd.grad(harder.loss_sum, negative_ND)
+    assert (grad_ND * query_RD).sum() > 0  # descent moves negatives away from the rows
+
+
+def test_symmetric_direction_is_the_transposed_matrix() -> None:
+    query_RD, key_RD, query_ids, key_ids = make_batch(6, 6)
+    swapped = info_nce(key_RD, query_RD, key_ids, query_ids, temperature=0.1, tile_rows=4, tile_keys=4)
+    logits_RK = (query_RD @ key_RD.T / 0.1).T
+    positive_RK = key_ids.pair_id_N[:, None] == query_ids.pair_id_N
+    excluded_RK = (key_ids.image_id_N[:, None] == query_ids.image_id_N) | (
+        key_ids.target_hash_N[:, None] == query_ids.target_hash_N
+    )
+    logits_RK = logits_RK.masked_fill(excluded_RK & ~positive_RK, -math.inf)
+    torch.testing.assert_close(
+        swapped.loss_sum, F.cross_entropy(logits_RK, positive_RK.int().argmax(1), reduction="sum")
+    )
+
+
+@BOTH
+def test_large_logits_stay_finite(loss: Loss) -> None:
+    query_RD, key_KD, *tables = make_batch(16, 40, dtype=torch.float32)
+    result = loss(query_RD, key_KD, *tables, temperature=0.001)
+    grads = torch.autograd.grad(result.loss_sum, [query_RD, key_KD])
+    assert result.loss_sum.isfinite() and result.loss_sum > 1000
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@BOTH
+@pytest.mark.parametrize("pair_ids", [(1, 2), (0, 0)], ids=["no positive", "two positives"])
+def test_row_without_exactly_one_positive_is_never_silent(loss: Loss, pair_ids: tuple[int, int]) -> None:
+    query_RD = torch.randn(2, 4, requires_grad=True)
+    key_KD = torch.randn(3, 4)
+    key_ids = ids((0, pair_ids[0], 0), (1, pair_ids[1], 1), (2, 9, 2))
+    result = loss(query_RD, key_KD, ids((0, 0, 0), (2, 9, 2)), key_ids)
+    assert result.loss_sum == math.inf
+    if loss is info_nce:
+        result.loss_sum.backward()
+        assert query_RD.grad is not None and query_RD.grad[0].isnan().all() and query_RD.grad[1].isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize("n_keys", [0, 5])
+def test_no_rows_give_zero_with_a_graph(loss: Loss, n_keys: int) -> None:
+    query_RD = torch.zeros(0, 4, requires_grad=True)
+    key_KD = torch.randn(n_keys, 4, requires_grad=True)
+    result = loss(query_RD, key_KD, ids(), ids(*[(i, i, i) for i in range(n_keys)]))
+    result.loss_sum.backward()
+    assert result.loss_sum == 0 and result.count == 0
+    assert key_KD.grad is not None and key_KD.grad.shape == key_KD.shape and (key_KD.grad == 0).all()
+    assert query_RD.grad is not None and all(value == 0 for value in result.stats.values())
+
+
+@BOTH
+def test_row_whose_negatives_are_all_masked_has_no_loss(loss: Loss) -> None:
+    query_RD, key_KD, *_ = make_batch(2, 2)
+    table = ids((0, 0, 0), (0, 1, 1))
+    result = loss(query_RD, key_KD, table, table)
+    grads = torch.autograd.grad(result.loss_sum, [query_RD, key_KD])
+    assert result.loss_sum == 0 and all((grad == 0).all() for grad in grads)
+    assert result.stats["negative_rows"] == 0 and result.stats["hardest_neg_sim"] == 0 and result.stats["top1"] == 2
+
+
+@BOTH
+def test_stats_equal_a_loop_over_rows(loss: Loss) -> None:
+    query_RD, key_KD, q, k = make_batch(11, 23)
+    temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
+    result = loss(query_RD, key_KD, q, k, temperature=temperature, tile_rows=4, tile_keys=9)
+    want = dict.fromkeys(["masked", "entries", "top1", "pos_sim", "hardest_neg_sim", "negative_rows"], 0.0)
+    for i in range(11):
+        negatives, positive = [], math.nan
+        for j in range(23):
+            similarity = (query_RD[i] @ key_KD[j]).item()
+            want["entries"] += 1
+            if q.pair_id_N[i] == k.pair_id_N[j]:
+                positive = similarity
+            elif q.image_id_N[i] == k.image_id_N[j] or q.target_hash_N[i] == k.target_hash_N[j]:
+                want["masked"] += 1
+            else:
+                negatives.append(similarity)
+        want["pos_sim"] += positive
+        want["hardest_neg_sim"] += max(negatives)
+        want["top1"] += positive > max(negatives)
+        want["negative_rows"] += 1
+    assert 0 < want["masked"] < want["entries"] and result.count == 11
+    assert {name: value.item() for name, value in result.stats.items()} == pytest.approx(want, rel=1e-5)
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in result.stats.values())
+
+
+def test_a_tie_with_a_negative_is_not_a_top1() -> None:
+    query_RD = torch.tensor([[1.0, 0.0]])
+    key_KD = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert info_nce(query_RD, key_KD, ids((0, 0, 0)), ids((0, 0, 0), (1, 1, 1))).stats["top1"] == 0
+
+
+class _LargestTensor(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_rows_times_keys_is_ever_held() -> None:
+    size, dim, tile_rows, tile_keys = 4096, 8, 512, 1024
+    query_RD, key_KD, *tables = make_batch(size, size, dim, dtype=torch.float32)
+    with _LargestTensor() as largest:
+        info_nce(query_RD, key_KD, *tables, tile_rows=tile_rows, tile_keys=tile_keys).loss_sum.backward()
+    assert query_RD.grad is not None and largest.numel == tile_rows * tile_keys < size * size
