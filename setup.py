@@ -37,6 +37,6 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "sentence-transformers>=6.2", "torchvision"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "sentence-transformers>=6.2"],
     },
 )

@@ -47,7 +47,10 @@ install_muco_ds() {
         constraints="constraints.txt"
     fi
     # DeepSpeed compiles the operators it needs on first use; building all of them here needs a CUDA compiler.
-    DS_BUILD_OPS=0 $pip install -c "$constraints" -e '.[dev]'
+    DS_BUILD_OPS=0 $pip install -c "$constraints" -e '.[dev]' || return
+    # Only tests of exported models need torchvision. It stays out of site-packages because its PyPI wheel beside a CPU build of
+    # torch breaks `import transformers`.
+    $pip install --no-deps --target .venv/torchvision-only -c constraints.txt torchvision
 }
 
 make_environment() {

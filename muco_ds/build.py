@@ -92,7 +92,8 @@ def open_rows(config: RunConfig, packer: Packer, pattern: str, key: str) -> tupl
         progress=env.is_main(),
     )
     if index.bad_rows and env.is_main():
-        log.warning("%s: %d of %d rows left out, listed in %s", key, index.bad_rows, len(reader), index.folder / "bad_rows.jsonl")
+        listing = index.folder / "bad_rows.jsonl"
+        log.warning("%s: %d of %d rows left out, listed in %s", key, index.bad_rows, len(reader), listing)
     return reader, index
 
 

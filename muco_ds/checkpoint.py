@@ -1,12 +1,12 @@
 """Checkpoints that are whole or not there: written beside, fsynced, listed in a manifest, renamed.
 
-    checkpoints/step_0000100/
-        model/          DeepSpeed's files
-        hf/             config, tokenizer, image settings: all that conversion needs beside the weights
-        probe.safetensors   embeddings of fixed items by the model that was saved
-        meta.json       step, configuration, versions, world size
-        manifest.json   every file with its size; written last
-    checkpoints/latest  name of the newest one
+checkpoints/step_0000100/
+    model/          DeepSpeed's files
+    hf/             config, tokenizer, image settings: all that conversion needs beside the weights
+    probe.safetensors   embeddings of fixed items by the model that was saved
+    meta.json       step, configuration, versions, world size
+    manifest.json   every file with its size; written last
+checkpoints/latest  name of the newest one
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Checkpoints:
                 (work / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=2))
             _fsync_own(work)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            problem = f"checkpoint {final}: can't be written ({error}): free space or set run.dir; older ones are intact"
+            problem = f"checkpoint {final}: can't be written ({error}): free space; older ones are intact"
         env.agree(problem)
         if env.is_main():
             self._publish(work, final)

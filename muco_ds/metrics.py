@@ -7,6 +7,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,13 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-METRIC_KEYS = (
-    "step loss lr grad_norm temperature pairs images llm_tokens vit_patches pairs_per_s tokens_per_s mfu pack_fill imbalance "
-    "data_wait_frac peak_mem_gib masked_frac in_batch_top1 pos_sim hardest_neg_sim"
-).split()
+from muco_ds.data.schema import StepBatch
+
+METRIC_KEYS = frozenset(
+    {"step", "loss", "lr", "grad_norm", "temperature", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s"}
+    | {"tokens_per_s", "mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "masked_frac"}
+    | {"in_batch_top1", "pos_sim", "hardest_neg_sim"}
+)
 """Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak."""
 
 
@@ -53,7 +58,8 @@ class MetricsWriter:
         self._board.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
 
     def write(self, values: dict[str, float | int | None]) -> None:
-        """`values` holds `step`; None is written as null and not plotted."""
+        """`values` holds METRIC_KEYS at least; None is written as null and not plotted."""
+        assert values.keys() >= METRIC_KEYS, METRIC_KEYS - values.keys()
         self._file.write(json.dumps(values) + "\n")
         step = int(values["step"] or 0)
         for key, value in values.items():
@@ -70,32 +76,40 @@ class MetricsWriter:
 
 
 class Meter:
-    """Sums work and time between two logging steps."""
+    """Sums work and time between two logging steps; validation and saving don't count."""
 
     def __init__(self) -> None:
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self._start = time.perf_counter()
-        self.waited = 0.0
-        self.pairs = self.tokens = 0
-        self.flops = 0.0
+        self._waited = self._flops = 0.0
+        self._pairs = self._tokens = 0
 
-    def add(self, *, pairs: int, tokens: int, flops: float, waited: float) -> None:
-        self.pairs += pairs
-        self.tokens += tokens
-        self.flops += flops
-        self.waited += waited
+    def add(self, batch: StepBatch, waited: float) -> None:
+        """A step of all ranks together; `waited`: seconds this rank waited for its data."""
+        self._pairs += sum(rows.queries for rows in batch.rows_per_rank)
+        self._tokens += int(batch.cost["llm_tokens"])
+        self._flops += batch.cost["flops"]
+        self._waited += waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def rates(self, world_size: int, peak: float | None) -> dict[str, float | None]:
-        """Throughput of all ranks together over the window. The caller has waited for the device."""
+        """Throughput of all ranks over the window, which ends here. The caller has waited for the device."""
         seconds = time.perf_counter() - self._start
-        return {
-            "pairs_per_s": self.pairs / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "mfu": None if peak is None else self.flops / seconds / (peak * world_size),
-            "data_wait_frac": self.waited / seconds,
+        rates = {
+            "pairs_per_s": self._pairs / seconds,
+            "tokens_per_s": self._tokens / seconds,
+            "mfu": None if peak is None else self._flops / seconds / (peak * world_size),
+            "data_wait_frac": self._waited / seconds,
         }
+        self._reset()
+        return rates
 
 
 def peak_memory_gib(device: torch.device) -> float:

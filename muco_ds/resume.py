@@ -8,11 +8,12 @@ from typing import Any
 from muco_ds.checkpoint import read_meta
 from muco_ds.errors import UserError
 
+# What changes speed, memory, logging or where things lie, but not what is learned.
 MAY_CHANGE = (
-    # What changes speed, memory, logging or where things lie, but not what is learned.
-    "run.dir run.max_steps run.epochs model.activation_checkpointing model.attention data.images data.val data.index_dir "
-    "data.workers batch.pack_tokens validation checkpoint log"
-).split()
+    *("run.dir", "run.max_steps", "run.epochs", "model.activation_checkpointing", "model.attention"),
+    *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
+    *("validation", "checkpoint", "log"),
+)
 
 
 def check_same_run(checkpoint: Path, config: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ from muco_ds.distributed.stop import StopSignal
 from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
-from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
 from muco_ds.flops import peak_flops
+from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
 from muco_ds.optim import learning_rate
@@ -63,32 +63,49 @@ class Trainer:
         """Train to the last step. False when a signal ended the run early (state saved)."""
         config, meter, stop = self.config, Meter(), StopSignal(self.device)
         bar = tqdm(total=self.max_steps, initial=self.start_step, desc=config.run.name, disable=not env.is_main())
-        saved = self.start_step
-        step = self.start_step
+        step, stopped = self.start_step, False
         for batch, waited in self._batches():
             stats = self.train_step(batch)
             step = batch.step + 1
+            last, stopped = step == self.max_steps, stop.agreed()
+            meter.add(batch, waited)
             bar.update()
-            pairs = sum(rows.queries for rows in batch.rows_per_rank)
-            meter.add(pairs=pairs, tokens=int(batch.cost["llm_tokens"]), flops=batch.cost["flops"], waited=waited)
-            last = step == self.max_steps
-            if step % config.log.every == 0 or last:
-                bar.set_postfix_str(self._log(batch, stats, meter))
-            if config.validation.every and (step % config.validation.every == 0 or last):
-                self._validate(step)
-                meter.reset()
-            stopped = stop.agreed()
-            if step % config.checkpoint.every == 0 or last or stopped:
-                self._save(step)
-                saved = step
-                meter.reset()
+            with meter.paused():
+                held_out = self._validate(step) if _due(step, config.validation.every, last) else {}
+            if held_out or _due(step, config.log.every, last):
+                bar.set_postfix_str(self._log(batch, stats, meter, held_out))
+            with meter.paused():
+                if stopped or _due(step, config.checkpoint.every, last):
+                    self._save(step)
             if stopped:
                 break
         bar.close()
         if self.metrics is not None:
             self.metrics.close()
-        assert saved == step
         return step == self.max_steps
+
+    def dry_run(self, look_ahead: int = 50) -> None:
+        """Forward and backward of the largest of the first steps, without an update: fail in the first minute."""
+        plans = [self.parts.plan.step(step) for step in range(min(look_ahead, self.max_steps))]
+        largest = max(plans, key=lambda plan: plan.tokens)
+        batch = self.parts.steps(self.max_steps)[largest.step]
+        if isinstance(batch, UserError):
+            raise batch
+        pack = batch.packs[0].to(self.device)
+        result = self.task.loss(self.engine(pack), pack, batch.rows_per_rank)
+        self.engine.backward(result.loss)
+        log.info(
+            "dry run: %d steps planned, %d per epoch; largest step %d has %d tokens (fill %.2f, imbalance %.3f), "
+            "loss %.3f, peak memory %.2f GiB",
+            self.max_steps,
+            self.parts.plan.steps_per_epoch,
+            largest.step,
+            largest.tokens,
+            largest.pack_fill,
+            largest.imbalance,
+            env.sum_over_ranks(result.stats["loss"].clone()).item(),
+            peak_memory_gib(self.device),
+        )
 
     def train_step(self, batch: StepBatch) -> dict[str, torch.Tensor]:
         """One optimizer step; returns the local sums of the loss's statistics, on the device."""
@@ -117,13 +134,12 @@ class Trainer:
                 return
             yield batch, time.perf_counter() - start
 
-    def _log(self, batch: StepBatch, stats: dict[str, torch.Tensor], meter: Meter) -> str:
+    def _log(self, batch: StepBatch, stats: dict[str, torch.Tensor], meter: Meter, held_out: dict[str, float]) -> str:
         """Write this step's values and the window's rates; returns the progress bar's text. Collective."""
         names = sorted(stats)
         totals = env.sum_over_ranks(torch.stack([stats[name].float() for name in names]))
         total = dict(zip(names, totals.tolist(), strict=True))
         rates = meter.rates(env.world_size(), peak_flops(self.device))
-        meter.reset()
         norm = self.engine.get_global_grad_norm()
         values: dict[str, float | int | None] = {
             "step": batch.step + 1,
@@ -143,8 +159,9 @@ class Trainer:
             "masked_frac": total["masked"] / total["entries"],
             "in_batch_top1": total["top1"] / total["rows"],
             "pos_sim": total["pos_sim"] / total["rows"],
-            "hardest_neg_sim": total["hardest_neg_sim"] / total["rows"],
+            "hardest_neg_sim": total["hardest_neg_sim"] / max(1.0, total["negative_rows"]),
             "replaced_images": int(total["replaced_images"]),
+            **held_out,
         }
         if not math.isfinite(total["loss"]):
             raise UserError(f"step {batch.step + 1}: loss is {total['loss']}: lower optim.lr or raise loss.temperature")
@@ -152,26 +169,24 @@ class Trainer:
             self.metrics.write(values)
         return f"loss {values['loss']:.3f} top1 {values['in_batch_top1']:.2f} {rates['pairs_per_s']:.0f} pairs/s"
 
-    def _validate(self, step: int) -> None:
-        """precision@1 on held-out rows, and a picture of some answers. Collective."""
+    def _validate(self, step: int) -> dict[str, float]:
+        """precision@1 on held-out rows, for the log, and a picture of some answers. Collective."""
         assert self.parts.validation is not None
         task = M3TTask.from_records(self.parts.validation)
+        pack_tokens = self.config.batch.pack_tokens
         self.engine.eval()
-        ranking = task.rank(
-            self.engine, self.parts.packer, pack_tokens=self.config.batch.pack_tokens, device=self.device, progress=False
-        )
+        ranking = task.rank(self.engine, self.parts.packer, pack_tokens=pack_tokens, device=self.device, progress=False)
         self.engine.train()
-        if self.metrics is None:
-            return
-        results = task.results(ranking)
-        self.metrics.write({"step": step, **{f"val/{kind}/precision@1": r["precision@1"] for kind, r in results.items()}})
-        self.metrics.picture("val/answers", retrieval_picture(task, ranking), step)
+        if self.metrics is not None:
+            self.metrics.picture("val/answers", retrieval_picture(task, ranking), step)
+        return {f"val/{name}/precision@1": entry["precision@1"] for name, entry in task.results(ranking).items()}
 
     def _probe(self) -> torch.Tensor:
         """Embeddings of the fixed probe items by the model as it is now. Collective."""
+        pack_tokens = self.config.batch.pack_tokens
         self.engine.eval()
         probe_ND = encode_dialogues(
-            self.engine, self.parts.packer, probe_dialogues(), pack_tokens=self.config.batch.pack_tokens, device=self.device
+            self.engine, self.parts.packer, probe_dialogues(), pack_tokens=pack_tokens, device=self.device
         )
         self.engine.train()
         return probe_ND
@@ -203,6 +218,10 @@ class Trainer:
         if env.is_main():
             log.info("resumed from %s", complete[0])
         return meta["step"]
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
 
 
 def _max_steps(config: RunConfig, steps_per_epoch: int) -> int:

@@ -40,7 +40,7 @@ class Packer:
         """Pack dialogues in the given order.
 
         Args:
-            replace_broken: put a small grey picture where one does not decode, and count it; otherwise raise ImageError.
+            replace_broken: put a small grey picture where one does not decode, and count it; else raise ImageError.
         """
         text_ids = self._encode([turn for side in sides for turn in side.dialogue.turns])
         row = _Row()

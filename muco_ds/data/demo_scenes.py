@@ -1,9 +1,9 @@
 """Rendered scenes with seven kinds of questions and answers, in the columns of naver-ai/M3T.
 
-A scene is a 3 x 3 grid of 28-pixel cells (one visual token each for a ViT with 14-pixel patches merged two by two). It
-holds two to four coloured shapes, exactly one of them big and no two of one colour, and sometimes a tile with a letter
-or a digit. Every answer is a function of (picture, question) and names what it answers, so that no two question kinds
-share an answer text.
+A scene is a 3 x 3 grid of 28-pixel cells (one visual token each for a ViT with 14-pixel patches merged two by two). Its
+corners and centre hold two to four coloured shapes, exactly one of them big and no two of one colour, and sometimes a
+tile with a letter or a digit. Every answer is a function of (picture, question) and names what it answers, so that no
+two question kinds share an answer text.
 """
 
 import random
@@ -23,18 +23,16 @@ SIDE = CELL * GRID
 # Drawn at four times the size and averaged down: smooth edges, and fonts differ less between Pillow builds.
 SUPERSAMPLE = 4
 
-PLACES = (
-    "at the top left",
-    "at the top",
-    "at the top right",
-    "on the left",
-    "in the centre",
-    "on the right",
-    "at the bottom left",
-    "at the bottom",
-    "at the bottom right",
-)
-SHAPES = ("circle", "square", "triangle", "star")
+# Cells in reading order; the middles of the edges stay empty, which leaves a small model five places to tell apart.
+PLACES = {
+    0: "at the top left",
+    2: "at the top right",
+    4: "in the centre",
+    6: "at the bottom left",
+    8: "at the bottom right",
+}
+# Shapes that differ in more than a corner's outline: a 14-pixel patch sees a quarter of a shape.
+SHAPES = ("square", "ring", "cross", "triangle")
 COLOURS = {
     "red": (230, 20, 20),
     "green": (20, 180, 20),
@@ -63,7 +61,7 @@ M3T_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Shape:
-    """One coloured shape in cell `cell` (0 to 8, reading order)."""
+    """One coloured shape in cell `cell` (a key of PLACES)."""
 
     cell: int
     size: str
@@ -101,7 +99,7 @@ def sample_scenes(count: int, seed: int) -> list[Scene]:
 def _sample_scene(rng: random.Random) -> Scene:
     n_shapes = rng.randint(2, 4)
     has_sign = rng.random() < 0.5
-    cells = rng.sample(range(GRID * GRID), n_shapes + has_sign)
+    cells = rng.sample(list(PLACES), n_shapes + has_sign)
     colours = rng.sample(list(COLOURS), n_shapes)
     big = rng.randrange(n_shapes)
     shapes = [Shape(cells[i], "big" if i == big else "small", colours[i], rng.choice(SHAPES)) for i in range(n_shapes)]
@@ -117,7 +115,7 @@ def render(scene: Scene) -> Image.Image:
     """The scene as an 84 x 84 RGB picture."""
     image = Image.new("RGB", (SIDE * SUPERSAMPLE, SIDE * SUPERSAMPLE), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
-    # Rotary positions are relative only: the frame makes each of the nine cells tell its place by its own edges.
+    # Rotary positions are relative only: the frame makes each cell tell its place by its own edges.
     draw.rectangle((0, 0, SIDE * SUPERSAMPLE - 1, SIDE * SUPERSAMPLE - 1), outline=FRAME, width=2 * SUPERSAMPLE)
     for shape in scene.shapes:
         _draw_shape(draw, shape)
@@ -133,18 +131,19 @@ def _centre(cell: int) -> tuple[float, float]:
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
     x, y = _centre(shape.cell)
-    radius = (12 if shape.size == "big" else 8) * SUPERSAMPLE
+    radius = (12 if shape.size == "big" else 9) * SUPERSAMPLE
     colour = COLOURS[shape.colour]
-    if shape.shape == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    elif shape.shape == "square":
-        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    elif shape.shape == "triangle":
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape.shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape.shape == "ring":
+        draw.ellipse(box, outline=colour, width=round(0.45 * radius))
+    elif shape.shape == "cross":
+        arm = 0.35 * radius
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
+    else:
         draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=colour)
-    else:  # a four-pointed star
-        inner = radius * 0.28
-        offsets = [(0, -radius), (inner, -inner), (radius, 0), (inner, inner)]
-        draw.polygon([(x + s * dx, y + s * dy) for s in (1, -1) for dx, dy in offsets], fill=colour)
 
 
 def _draw_sign(draw: ImageDraw.ImageDraw, sign: str, cell: int) -> None:

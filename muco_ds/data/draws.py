@@ -20,9 +20,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def draw_u64(
-    seed: int, epoch: int, samples_N: np.ndarray, purpose: int, lanes_N: np.ndarray | int = 0
-) -> np.ndarray:
+def draw_u64(seed: int, epoch: int, samples_N: np.ndarray, purpose: int, lanes_N: np.ndarray | int = 0) -> np.ndarray:
     """Uniform uint64 for each sample (and lane, e.g. the turn). Shapes broadcast."""
     # Wrapping multiplication is the algorithm, not an accident; at least 1-d because scalars would warn.
     x = np.atleast_1d(np.asarray(seed % 2**64, dtype=np.uint64))

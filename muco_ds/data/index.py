@@ -87,7 +87,10 @@ class Indexer:
 
     def measure(self, rows: range) -> tuple[list[tuple], list[list[tuple]], list[list[list[int]]], list[dict]]:
         """Per usable row: sample values, turn values, token counts of the paraphrases; and the bad rows."""
-        samples, turns, questions, bad = [], [], [], []
+        samples: list[tuple] = []
+        turns: list[list[tuple]] = []
+        questions: list[list[list[int]]] = []
+        bad: list[dict] = []
         for row in rows:
             try:
                 record = self.reader.record(row)
@@ -177,7 +180,8 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
         open(work / "bad_rows.jsonl", "w") as bad_file,
         tqdm(total=total, desc="indexing", unit="row", disable=not progress) as bar,
     ):
-        for chunk, (samples, turns, questions, bad) in zip(chunks, _measure_all(indexer, chunks, processes), strict=True):
+        measured = _measure_all(indexer, chunks, processes)
+        for chunk, (samples, turns, questions, bad) in zip(chunks, measured, strict=True):
             for sample, sample_turns, sample_questions in zip(samples, turns, questions, strict=True):
                 rows = []
                 for (tokens, kind, hashed), counts in zip(sample_turns, sample_questions, strict=True):

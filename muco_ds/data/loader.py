@@ -14,7 +14,7 @@ from muco_ds.errors import UserError
 
 
 class StepDataset(Dataset[StepBatch | UserError]):
-    """step -> this rank's StepBatch. A user's mistake is returned, not raised: a worker would wrap it in a traceback."""
+    """step -> this rank's StepBatch. A user's mistake is returned, because raised in a worker it gets a traceback."""
 
     def __init__(self, plan: Plan, collator: Collator, rank: int, max_steps: int) -> None:
         self.plan, self.collator, self.rank, self.max_steps = plan, collator, rank, max_steps

@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only; the shuffle differs by epoch, so the remainder differs too and no row is always left out."""
+        """Whole batches only; each epoch shuffles anew, so it is not always the same rows that are left over."""
         return len(self.index) // self.images
 
     def samples(self, step: int) -> tuple[int, np.ndarray]:

@@ -78,9 +78,7 @@ class M3TReader:
         )
         return Record(row, turns, query_images, target_images)
 
-    def _turn(
-        self, j: int, question: Any, target: Any, has_query_image: bool, has_target_image: bool
-    ) -> RecordTurn:
+    def _turn(self, j: int, question: Any, target: Any, has_query_image: bool, has_target_image: bool) -> RecordTurn:
         paraphrases = [question] if isinstance(question, str) else list(question or [])
         cleaned = tuple(_clean(text) for text in paraphrases if isinstance(text, str))
         # An empty question is fine when the picture is the question; among other paraphrases it is a hole.
@@ -111,4 +109,4 @@ def _memory_mapped(files: list[str]) -> Dataset:
         return load_dataset("parquet", data_files=files, split="train")
     except Exception as error:  # datasets wraps whatever the parquet library says
         cause = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
-        raise UserError(f"{files[0]}: can't be read as parquet ({cause}): check that it was written completely") from error
+        raise UserError(f"{files[0]}: can't be read as parquet ({cause}): was it written completely?") from error

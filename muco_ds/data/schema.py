@@ -115,7 +115,7 @@ class StepBatch:
     rows_per_rank: list[RowCounts]
     sample_rows: np.ndarray  # data set rows of this rank, for messages
     images: int  # of the global batch
-    cost: dict[str, float] = field(default_factory=dict)  # plan statistics: pack_fill, imbalance, flops, tokens, patches
+    cost: dict[str, float] = field(default_factory=dict)  # plan statistics: pack_fill, imbalance, flops, ...
 
     def pin_memory(self) -> StepBatch:
         return replace(self, packs=[pack.pin_memory() for pack in self.packs])

@@ -1,4 +1,4 @@
-"""The process group: start it, ask it, agree through it. Everything works in a single process without a launcher too."""
+"""The process group: start it, ask it, agree through it. All of it works in a single process without a launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precision@1 on held-out rows in M3T's columns: which of all distinct targets answers this question about this picture?"""
+"""Precision@1 on rows in M3T's columns: which of all distinct targets answers this question about this picture?"""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from muco_ds.data.collator import Packer
-from muco_ds.data.readers import M3TReader
+from muco_ds.data.images import ImageError, read_size
+from muco_ds.data.readers import M3TReader, RowError
 from muco_ds.data.schema import Dialogue, PackedBatch, Record
+from muco_ds.errors import UserError
 from muco_ds.eval.retrieval import Ranking, precision_at_1, rank_candidates
 from muco_ds.models.encode import encode_dialogues
 
@@ -41,8 +43,25 @@ class M3TTask:
         )
 
     @classmethod
-    def from_reader(cls, reader: M3TReader, rows: list[int]) -> M3TTask:
-        return cls.from_records([reader.record(row) for row in rows])
+    def from_reader(cls, reader: M3TReader, limit: int | None = None) -> tuple[M3TTask, int]:
+        """Task over the usable rows (of the first `limit`), and how many rows were left out.
+
+        Raises:
+            UserError: no row is usable.
+        """
+        records, problem, left_out = [], "", 0
+        for row in range(len(reader) if limit is None else min(limit, len(reader))):
+            try:
+                record = reader.record(row)
+                for path in (*record.query_images, *record.target_images):
+                    read_size(path)
+                records.append(record)
+            except (RowError, ImageError) as error:
+                problem = problem or f"row {row}: {error}"
+                left_out += 1
+        if not records:
+            raise UserError(f"{reader.files[0]}: no usable row; {problem}")
+        return cls.from_records(records), left_out
 
     def questions(self) -> list[tuple[Record, str]]:
         """Record and text of each query, in the order of `answers`."""

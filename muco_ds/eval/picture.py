@@ -16,7 +16,7 @@ _RIGHT, _WRONG, _INK = (20, 120, 40), (180, 40, 30), (30, 30, 30)
 
 
 def retrieval_picture(task: M3TTask, ranking: Ranking, queries: int = 6) -> np.ndarray:
-    """uint8 [height, width, 3]: per query the picture, the question, the top answers (green where right) and the truth."""
+    """uint8 [height, width, 3]: per query its picture, question, top answers (green where right) and the truth."""
     font = ImageFont.load_default(15)
     rows = [_row(task, ranking, i, font) for i in _spread(len(task.answers), queries)]
     return np.concatenate([np.asarray(row) for row in rows])

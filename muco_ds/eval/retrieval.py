@@ -22,7 +22,9 @@ class Ranking:
     top_score_Qk: torch.Tensor
 
 
-def rank_candidates(query_QD: torch.Tensor, candidate_CD: torch.Tensor, answer_Q: torch.Tensor, top: int = 1) -> Ranking:
+def rank_candidates(
+    query_QD: torch.Tensor, candidate_CD: torch.Tensor, answer_Q: torch.Tensor, top: int = 1
+) -> Ranking:
     """Rank all candidates for each query by inner product in fp32.
 
     Args:

@@ -17,7 +17,13 @@ from transformers import AttentionInterface
 
 from muco_ds.data.segments import SegmentPlan
 
-BACKENDS = {"auto": "muco_auto", "flash_attn": "muco_fa", "varlen": "muco_varlen", "sdpa": "muco_sdpa", "dense": "muco_dense"}
+BACKENDS = {
+    "auto": "muco_auto",
+    "flash_attn": "muco_fa",
+    "varlen": "muco_varlen",
+    "sdpa": "muco_sdpa",
+    "dense": "muco_dense",
+}
 """Config value -> registered name. transformers treats any name that contains "flash" as a hub kernel to download."""
 
 _GROUP_ROUNDING = 16  # padded lengths are multiples of this: few groups, little padding
@@ -95,7 +101,9 @@ def _varlen(
     return out
 
 
-def _sdpa(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float) -> torch.Tensor:
+def _sdpa(
+    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+) -> torch.Tensor:
     groups, inverse_T = _sdpa_groups(plan, q_THd.device)
     repeats = q_THd.shape[1] // k_TGd.shape[1]
     # Heads are repeated before the gather: SDPA's own enable_gqa falls back to the unfused kernel on a CPU.
@@ -136,7 +144,9 @@ def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[tuple[to
     return plan.cache["sdpa"]
 
 
-def _dense(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float) -> torch.Tensor:
+def _dense(
+    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+) -> torch.Tensor:
     """The plain twin: one mask over everything, softmax written out. Quadratic; for tests."""
     repeats = q_THd.shape[1] // k_TGd.shape[1]
     k_THd, v_THd = k_TGd.repeat_interleave(repeats, 1), v_TGd.repeat_interleave(repeats, 1)

@@ -49,6 +49,8 @@ def load_tokenizer(path: str, pool_token: str) -> PreTrainedTokenizerFast:
     With another `model.pool_token`, which must be one of the tokenizer's own, nothing is added.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"model.path: '{path}' has no tokenizer.json: save its tokenizer in the fast format")
     if pool_token == EMB_TOKEN:
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [EMB_TOKEN, MASK_TOKEN]}, replace_extra_special_tokens=False
@@ -85,7 +87,7 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
         raise UserError(f"model.path: '{path}' does not load: {str(error).splitlines()[0]}") from error
     verify_weights(model, path)
     check_rotary_tables(model)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = config.text_config.vocab_size
     if vocabulary > rows:
         log.warning("vocabulary: %d rows enlarged to %d for the new tokens", rows, vocabulary)
         model.resize_token_embeddings(vocabulary)

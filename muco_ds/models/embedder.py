@@ -24,7 +24,7 @@ from muco_ds.models.folder import Processing, read_settings
 from muco_ds.ops import pool_normalize
 
 Item = str | Image.Image | Mapping[str, Any]
-"""A text, a picture, or {"text": str, "image": path, picture or list of them, "instruction": str} with any of the keys."""
+"""A text, a picture, or any keys of {"text": str, "image": path, picture or list of them, "instruction": str}."""
 
 
 class PoolingNorm(nn.Module):
@@ -62,15 +62,17 @@ class Embedder(nn.Module):
         freeze_vision: the vision tower gets no gradient and builds no graph.
     """
 
+    model: Any  # the stock classes type their submodules as "Tensor or Module"
+
     def __init__(self, model: PreTrainedModel, *, freeze_vision: bool) -> None:
         super().__init__()
         self.model = model
         self.freeze_vision = freeze_vision
         self.packer: Packer | None = None  # set where the model is used to encode
-        text = model.language_model
+        text = self.model.language_model
         text.norm = PoolingNorm(text.norm)
         if freeze_vision:
-            model.visual.requires_grad_(False)
+            self.model.visual.requires_grad_(False)
 
     @classmethod
     def from_pretrained(

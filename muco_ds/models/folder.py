@@ -74,5 +74,3 @@ def read_settings(path: str) -> Settings:
         raise UserError(f"'{path}' holds no {SETTINGS_FILE}: give a folder written by tools/convert_ckpt.py")
     with open(file) as handle:
         return Settings(**json.load(handle))
-
-

@@ -11,7 +11,8 @@ from muco_ds.data.schema import Dialogue
 def probe_dialogues() -> list[Dialogue]:
     """Text alone, a picture alone, both, and two turns about one picture: five embeddings."""
     ramp = np.linspace(0, 255, 112, dtype=np.uint8)
-    pixels = np.stack([np.tile(ramp, (84, 1)), np.tile(ramp[:84, None], (1, 112)), np.full((84, 112), 96, np.uint8)], -1)
+    across, down = np.tile(ramp, (84, 1)), np.tile(ramp[:84, None], (1, 112))
+    pixels = np.stack([across, down, np.full_like(across, 96)], -1)
     picture = Image.fromarray(pixels)
     return [
         Dialogue(("A lighthouse on a cliff, seen from the sea.",)),

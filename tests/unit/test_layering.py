@@ -30,6 +30,7 @@ LEVELS = [
     {"models"},
     {"tasks"},
     {"checkpoint", "eval"},
+    {"build", "export", "export_st", "resume"},
     {"trainer"},
     {"launch", "tools"},
 ]
