@@ -30,11 +30,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Parts:
-    """What a Trainer works with. `validation` holds the held-out records, or None."""
+class Data:
+    """The data side of a run. `validation` holds the held-out records, or None."""
 
-    engine: Any
-    task: MuCoTask
     processing: Processing
     packer: Packer
     plan: Plan
@@ -42,20 +40,21 @@ class Parts:
     validation: list[Record] | None
 
     def steps(self, max_steps: int) -> StepDataset:
+        """This rank's batches, by step."""
         return StepDataset(self.plan, self.collator, env.rank(), max_steps)
 
 
-def build_parts(config: RunConfig, device: torch.device) -> Parts:
-    """Everything of a run; the data first, because its mistakes are found in seconds. Collective.
+def build_data(config: RunConfig) -> Data:
+    """Readers, length index (built by rank 0 if it is not there), plan and collator.
 
     Raises:
         UserError: wrong input of any kind.
     """
-    torch.manual_seed(config.run.seed)
     backbone = load_config(config.model.path)
     processing = Processing.load(config.model.path, Settings.of_run(config.model.pool_token, config.data))
     packer = processing.packer()
     reader, index = open_rows(config, packer, config.data.train, "data.train")
+    histories = {"query_history": config.task.query_history, "target_history": config.task.target_history}
     plan = Plan(
         index,
         packer.template,
@@ -64,20 +63,11 @@ def build_parts(config: RunConfig, device: torch.device) -> Parts:
         images=config.batch.images,
         pack_tokens=config.batch.pack_tokens,
         world_size=env.world_size(),
-        query_history=config.task.query_history,
-        target_history=config.task.target_history,
+        **histories,
     )
-    collator = Collator(
-        reader,
-        index,
-        packer,
-        seed=config.run.seed,
-        query_history=config.task.query_history,
-        target_history=config.task.target_history,
-    )
+    collator = Collator(reader, index, packer, seed=config.run.seed, **histories)
     validation = _validation_records(config, packer) if config.validation.every else None
-    engine, task = _build_engine(config, processing, device)
-    return Parts(engine, task, processing, packer, plan, collator, validation)
+    return Data(processing, packer, plan, collator, validation)
 
 
 def open_rows(config: RunConfig, packer: Packer, pattern: str, key: str) -> tuple[M3TReader, Index]:
@@ -103,8 +93,11 @@ def _validation_records(config: RunConfig, packer: Packer) -> list[Record]:
     return [reader.record(int(row)) for row in index.samples["row"][: config.validation.rows]]
 
 
-def _build_engine(config: RunConfig, processing: Processing, device: torch.device) -> tuple[Any, MuCoTask]:
+def build_engine(config: RunConfig, processing: Processing, device: torch.device) -> tuple[Any, MuCoTask]:
+    """The DeepSpeed engine and the task it runs, partitioned from the start under ZeRO-3. Collective."""
     import deepspeed
+
+    torch.manual_seed(config.run.seed)
 
     ds_config = build_deepspeed_config(config, env.world_size())
     # transformers builds the model partitioned as long as such an object is alive.

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from muco_ds.build import Parts, build_parts
+from muco_ds.build import build_data, build_engine
 from muco_ds.checkpoint import Checkpoints
 from muco_ds.config import RunConfig, save_config
 from muco_ds.data.loader import step_batches
@@ -47,9 +47,9 @@ class Trainer:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.folder = Path(config.run.dir) / config.run.name
-        self.parts: Parts = build_parts(config, device)
-        self.engine, self.task = self.parts.engine, self.parts.task
-        self.max_steps = _max_steps(config, self.parts.plan.steps_per_epoch)
+        self.data = build_data(config)  # first, because its mistakes are found in seconds
+        self.engine, self.task = build_engine(config, self.data.processing, device)
+        self.max_steps = _max_steps(config, self.data.plan.steps_per_epoch)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.start_step = self._resume()
         self.metrics: MetricsWriter | None = None
@@ -86,9 +86,9 @@ class Trainer:
 
     def dry_run(self, look_ahead: int = 50) -> None:
         """Forward and backward of the largest of the first steps, without an update: fail in the first minute."""
-        plans = [self.parts.plan.step(step) for step in range(min(look_ahead, self.max_steps))]
+        plans = [self.data.plan.step(step) for step in range(min(look_ahead, self.max_steps))]
         largest = max(plans, key=lambda plan: plan.tokens)
-        batch = self.parts.steps(self.max_steps)[largest.step]
+        batch = self.data.steps(self.max_steps)[largest.step]
         if isinstance(batch, UserError):
             raise batch
         pack = batch.packs[0].to(self.device)
@@ -98,7 +98,7 @@ class Trainer:
             "dry run: %d steps planned, %d per epoch; largest step %d has %d tokens (fill %.2f, imbalance %.3f), "
             "loss %.3f, peak memory %.2f GiB",
             self.max_steps,
-            self.parts.plan.steps_per_epoch,
+            self.data.plan.steps_per_epoch,
             largest.step,
             largest.tokens,
             largest.pack_fill,
@@ -122,7 +122,7 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
         """Batches with the seconds the loop had to wait for each."""
         batches = step_batches(
-            self.parts.steps(self.max_steps),
+            self.data.steps(self.max_steps),
             self.start_step,
             workers=self.config.data.workers,
             pin_memory=self.device.type == "cuda",
@@ -171,11 +171,11 @@ class Trainer:
 
     def _validate(self, step: int) -> dict[str, float]:
         """precision@1 on held-out rows, for the log, and a picture of some answers. Collective."""
-        assert self.parts.validation is not None
-        task = M3TTask.from_records(self.parts.validation)
+        assert self.data.validation is not None
+        task = M3TTask.from_records(self.data.validation)
         pack_tokens = self.config.batch.pack_tokens
         self.engine.eval()
-        ranking = task.rank(self.engine, self.parts.packer, pack_tokens=pack_tokens, device=self.device, progress=False)
+        ranking = task.rank(self.engine, self.data.packer, pack_tokens=pack_tokens, device=self.device, progress=False)
         self.engine.train()
         if self.metrics is not None:
             self.metrics.picture("val/answers", retrieval_picture(task, ranking), step)
@@ -186,7 +186,7 @@ class Trainer:
         pack_tokens = self.config.batch.pack_tokens
         self.engine.eval()
         probe_ND = encode_dialogues(
-            self.engine, self.parts.packer, probe_dialogues(), pack_tokens=pack_tokens, device=self.device
+            self.engine, self.data.packer, probe_dialogues(), pack_tokens=pack_tokens, device=self.device
         )
         self.engine.train()
         return probe_ND
@@ -195,7 +195,7 @@ class Trainer:
         probe_ND = self._probe()
 
         def write_beside(path: Path) -> None:
-            self.parts.processing.save(path / "hf", self.task.embedder.model.config)
+            self.data.processing.save(path / "hf", self.task.embedder.model.config)
             save_file({"probe_ND": probe_ND.contiguous()}, path / "probe.safetensors")
 
         meta = {

@@ -118,13 +118,16 @@ class Collator:
         self.seed, self.query_history, self.target_history = seed, query_history, target_history
 
     def __call__(self, samples: np.ndarray, epoch: int) -> PackedBatch:
+        return self.packer.pack(self.sides(samples, epoch), replace_broken=True)
+
+    def sides(self, samples: np.ndarray, epoch: int) -> list[Side]:
+        """The dialogues of these samples in this epoch's draw, in packing order."""
         histories = draw_histories(self.seed, epoch, samples, self.query_history, self.target_history)
-        sides = [
+        return [
             side
             for i, sample in enumerate(samples.tolist())
             for side in self._sides(sample, epoch, bool(histories["query"][i]), bool(histories["target"][i]))
         ]
-        return self.packer.pack(sides, replace_broken=True)
 
     def _sides(self, sample: int, epoch: int, query_history: bool, target_history: bool) -> list[Side]:
         data = self.index.samples[sample]

@@ -174,10 +174,10 @@ def _kinds(scene: Scene) -> tuple[list[str], str]:
     return questions, f"the kinds are {_join([shape for shape in SHAPES if shape in present])}"
 
 
-def _what_is_there(shape: Shape) -> tuple[list[str], str]:
-    place = PLACES[shape.cell]
-    questions = [f"What is {place}?", f"Which shape is {place}?", f"Describe the shape {place}."]
-    return questions, f"{place} is a {shape.size} {shape.name}"
+def _which_shape(shape: Shape) -> tuple[list[str], str]:
+    colour = shape.colour
+    questions = [f"Which shape is {colour}?", f"What is the {colour} thing?", f"Describe the {colour} shape."]
+    return questions, f"the {colour} one is a {shape.size} {shape.shape}"
 
 
 def _where_is(shape: Shape) -> tuple[list[str], str]:
@@ -219,7 +219,7 @@ def scene_row(scene: Scene, image_path: str, rng: random.Random) -> dict[str, An
         _setting(scene),
         _colours(scene),
         _kinds(scene),
-        _what_is_there(first),
+        _which_shape(first),
         _what_is_written(scene) if ask_sign else _where_is(second),
         _title(scene),
         _caption(scene),

@@ -139,6 +139,12 @@ def target_hash(text: str, images: tuple[str, ...]) -> int:
     return stable_hash("\n".join((" ".join(text.split()).casefold(), *images)))
 
 
+def index_path(indexer: Indexer, folder: str | None) -> Path:
+    """Where the index of a data set lies, built or not; `folder` as in `open_index`."""
+    home = Path(folder) if folder else Path(indexer.reader.files[0]).parent / ".muco_index"
+    return home / indexer.fingerprint()
+
+
 def open_index(
     indexer: Indexer, folder: str | None, *, builder: bool, processes: int = 1, progress: bool = True
 ) -> Index:
@@ -149,13 +155,15 @@ def open_index(
     Raises:
         UserError: no row is usable, or the folder can't be written.
     """
-    home = Path(folder) if folder else Path(indexer.reader.files[0]).parent / ".muco_index"
-    path = home / indexer.fingerprint()
+    path = index_path(indexer, folder)
     if builder and not (path / "meta.json").exists():
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             _build(indexer, path, processes, progress)
-        except PermissionError as error:
-            raise UserError(f"{home}: can't write the length index there: set data.index_dir") from error
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: can't write the length index there ({error.strerror}): set data.index_dir"
+            ) from error
     waited = 0
     while not (path / "meta.json").exists():
         time.sleep(0.2)
@@ -166,7 +174,6 @@ def open_index(
 
 
 def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f"{path.name}.tmp{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -227,7 +234,10 @@ def _load(path: Path, reader: M3TReader) -> Index:
     if not meta["usable"]:
         with open(path / "bad_rows.jsonl") as file:
             first = json.loads(file.readline())
-        raise UserError(f"{reader.files[0]}: no usable row; row {first['row']}: {first['reason']}")
+        raise UserError(
+            f"{reader.files[0]}: no usable row; row {first['row']}: {first['reason']}: "
+            "mend the rows or pictures, then run tools/index_data.py with --rebuild"
+        )
     return Index(
         folder=path,
         samples=np.memmap(path / "samples.bin", SAMPLE, "r"),

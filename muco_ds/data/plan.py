@@ -20,6 +20,8 @@ from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 from muco_ds.flops import FlopsModel
 
+_SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions needs little memory
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -174,16 +176,43 @@ class Plan:
         return [np.array(sorted(pack)) for pack in packs]
 
     def _check_longest(self) -> None:
-        for start in range(0, len(self.index), 65536):
-            samples_B = np.arange(start, min(start + 65536, len(self.index)))
-            tokens_B = self.costs(samples_B, epoch=0).tokens_B
+        for start in range(0, len(self.index), _SCANNED_SAMPLES):
+            stop = min(start + _SCANNED_SAMPLES, len(self.index))
+            tokens_B = longest_tokens(
+                self.index, self.template, start, stop, self.query_history, self.target_history
+            )
             worst = int(tokens_B.argmax())
             if tokens_B[worst] > self.pack_tokens:
-                row = int(self.index.samples["row"][samples_B[worst]])
+                row = int(self.index.samples["row"][start + worst])
                 raise UserError(
                     f"data.train row {row} needs {tokens_B[worst]} tokens but batch.pack_tokens={self.pack_tokens}: "
                     "raise batch.pack_tokens, lower data.max_pixels, or shorten the row"
                 )
+
+
+def longest_tokens(
+    index: Index, template: ChatTemplate, start: int, stop: int, query_history: float, target_history: float
+) -> np.ndarray:
+    """Most tokens that samples start .. stop can need in any epoch: their longest paraphrases in the longer layout."""
+    data = index.samples[start:stop]
+    first_turn, last_turn = index.turn_bounds(start)[0], index.turn_bounds(stop - 1)[1]
+    turns = index.turns[first_turn:last_turn]
+    first_question = index.question_bounds(first_turn)[0]
+    question_end_N = turns["question_end"] - first_question
+    questions = index.question_tokens[first_question : first_question + question_end_N[-1]]
+    texts = {
+        "query": (np.maximum.reduceat(questions, np.concatenate(([0], question_end_N[:-1]))), query_history),
+        "target": (turns["target_tokens"], target_history),
+    }
+    turn_start_B = np.concatenate(([0], data["turn_end"][:-1] - first_turn))
+    turns_B = np.diff(turn_start_B, append=len(turns))
+    tokens_B = np.zeros(len(data), np.int64)
+    for side, (text_N, history) in texts.items():
+        text_B = np.add.reduceat(text_N, turn_start_B, dtype=np.int64)
+        vision_B = data[f"{side}_image_tokens"].astype(np.int64) + 2 * data[f"{side}_images"]
+        layouts = [causal for causal, possible in ((True, history > 0), (False, history < 1)) if possible]
+        tokens_B += np.max([template.count(text_B, turns_B, vision_B, np.array(c))[0] for c in layouts], axis=0)
+    return tokens_B
 
 
 def draw_paraphrases(

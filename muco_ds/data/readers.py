@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, disable_progress_bars, load_dataset
 
 from muco_ds.data.schema import TURNS_PER_SAMPLE, Record, RecordTurn
@@ -15,6 +16,8 @@ from muco_ds.errors import UserError
 
 _IMAGE_MARKER = re.compile(r"<\|image_\d+\|>\n?")
 """M3T's picture placeholder. Pictures always come first here, so the marker is only removed."""
+
+_CONVERTED_ROWS = 1000
 
 M3T_COLUMNS = ("qry", "pos_text", "qry_image_path")
 
@@ -45,15 +48,9 @@ class M3TReader:
         self.images = os.path.realpath(images)
         if not os.path.isdir(self.images):
             raise UserError(f"data.images: no such folder '{images}': set it to where the paths of '{pattern}' start")
-        self._dataset = _memory_mapped(self.files)
-        missing = [name for name in M3T_COLUMNS if name not in self._dataset.column_names]
-        if missing:
-            raise UserError(
-                f"{self.files[0]}: column '{missing[0]}' is missing (found: {', '.join(self._dataset.column_names)}): "
-                f"M3T rows need {', '.join(M3T_COLUMNS)}"
-            )
-        if not len(self._dataset):
+        if not sum(_checked_rows(path) for path in self.files):
             raise UserError(f"{self.files[0]}: holds no rows: set {key} to a parquet file with data")
+        self._dataset = _memory_mapped(self.files)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -62,8 +59,8 @@ class M3TReader:
         """The row as a Record. Raises RowError when it can't be used."""
         data: dict[str, Any] = self._dataset[row]
         questions, targets = data["qry"], data["pos_text"]
-        if isinstance(questions, str):
-            questions, targets = [questions], [targets]
+        questions = [questions] if isinstance(questions, str) else questions
+        targets = [targets] if isinstance(targets, str) else targets
         if not questions or not targets:
             raise RowError("no turns: qry or pos_text is empty")
         if len(questions) != len(targets):
@@ -92,10 +89,11 @@ class M3TReader:
 
     def _paths(self, value: Any) -> tuple[str, ...]:
         names = [value] if isinstance(value, str) else list(value or [])
-        paths = tuple(os.path.realpath(os.path.join(self.images, name)) for name in names if name)
+        # Links are the user's own and may lead anywhere; '../' and '/' in a row must not.
+        paths = tuple(os.path.normpath(os.path.join(self.images, name)) for name in names if name)
         for path in paths:
-            if os.path.commonpath([path, self.images]) != self.images:  # '../' in a row must not reach other files
-                raise RowError(f"picture path leaves data.images: {path}")
+            if os.path.commonpath([path, self.images]) != self.images or "\0" in path:
+                raise RowError(f"picture path leaves data.images: {path!r}")
         return paths
 
 
@@ -103,10 +101,31 @@ def _clean(text: str) -> str:
     return _IMAGE_MARKER.sub("", text).strip()
 
 
+def _checked_rows(path: str) -> int:
+    """Rows of a parquet file. Raises UserError naming the file when it is none, or not with M3T's columns."""
+    try:
+        with pq.ParquetFile(path) as file:
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+    except Exception as error:  # the parquet library raises several kinds on broken files
+        cause = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{path}: can't be read as parquet ({cause}): was it written completely?") from error
+    for name in M3T_COLUMNS:
+        if name not in schema.names:
+            raise UserError(
+                f"{path}: column '{name}' is missing (found: {', '.join(schema.names)}): "
+                f"M3T rows need {', '.join(M3T_COLUMNS)}"
+            )
+        kind = schema.field(name).type
+        if not any(word in str(kind) for word in ("string", "list", "null")):
+            raise UserError(f"{path}: column '{name}' holds {kind}: M3T rows need text or lists of texts there")
+    return rows
+
+
 def _memory_mapped(files: list[str]) -> Dataset:
     disable_progress_bars()
     try:
-        return load_dataset("parquet", data_files=files, split="train")
+        # M3T is one row group of gigabytes, which would otherwise be held at once.
+        return load_dataset("parquet", data_files=files, split="train", batch_size=_CONVERTED_ROWS)
     except Exception as error:  # datasets wraps whatever the parquet library says
         cause = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
         raise UserError(f"{files[0]}: can't be read as parquet ({cause}): was it written completely?") from error
