@@ -42,9 +42,10 @@ def held_out(args: argparse.Namespace) -> tuple[M3TTask, int]:
 def main() -> int:
     args = arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    task, left_out = held_out(args)
     device = env.start()
-    embedder = Embedder.from_pretrained(args.model, device=device)
+    with env.agreement():
+        task, left_out = held_out(args)
+        embedder = Embedder.from_pretrained(args.model, device=device)
     assert embedder.packer is not None
     ranking = task.rank(embedder, embedder.packer, pack_tokens=args.pack_tokens, device=device, progress=True)
     if env.is_main():

@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +48,21 @@ class Checkpoints:
         """
         final = self.folder / f"step_{step:07d}"
         work = final.with_suffix(".tmp")
-        if env.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob("*.tmp"):
-                shutil.rmtree(stale, ignore_errors=True)
-            work.mkdir()
-        env.barrier()
-        problem = None
-        try:
+        with _agreed(final):
+            if env.is_main():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob("*.tmp"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                work.mkdir()
+        with _agreed(final):
             engine.save_checkpoint(str(work), tag=TAG, save_latest=False)
             if env.is_main():
                 write_beside(work)
                 (work / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=2))
             _fsync_own(work)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            problem = f"checkpoint {final}: can't be written ({error}): free space; older ones are intact"
-        env.agree(problem)
-        if env.is_main():
-            self._publish(work, final)
-        env.barrier()
+        with _agreed(final):
+            if env.is_main():
+                self._publish(work, final)
         return final
 
     def _publish(self, work: Path, final: Path) -> None:
@@ -104,7 +101,9 @@ class Checkpoints:
                 f"{path}: written by {meta['world_size']} ranks, this run has {env.world_size()}: "
                 "start as many, or set run.name to begin another run"
             )
-        engine.load_checkpoint(str(path), tag=TAG)
+        loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+        if loaded is None:  # DeepSpeed only warns, and the run would start from the first weights again
+            raise UserError(f"{path}: DeepSpeed can't load it: remove it to resume from an older one")
         return meta
 
 
@@ -129,6 +128,17 @@ def incomplete(path: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} holds {file.stat().st_size} bytes instead of {size}"
     return None
+
+
+@contextmanager
+def _agreed(final: Path) -> Iterator[None]:
+    """A part of saving that every rank finishes or none goes on from."""
+    problem = None
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        problem = f"checkpoint {final}: can't be written ({error}): free space; older ones are intact"
+    env.agree(problem)
 
 
 def _fsync_own(work: Path) -> None:

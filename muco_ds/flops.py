@@ -79,6 +79,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak dense bf16 FLOP/s of a device; None where the table has no sourced number (a CPU, for one)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    matches = [key for key in PEAK_BF16_FLOPS if all(word in name for word in key.split())]
+    # Whole words: an A10G is not an A10, an L40 not an L4.
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    matches = [key for key in PEAK_BF16_FLOPS if all(word in words for word in key.split())]
     return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None

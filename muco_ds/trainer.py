@@ -52,12 +52,18 @@ class Trainer:
         self.max_steps = _max_steps(config, self.data.plan.steps_per_epoch)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.start_step = self._resume()
-        self.metrics: MetricsWriter | None = None
-        if env.is_main():
+        with env.agreement():
+            self.metrics = self._open_folder() if env.is_main() else None
+
+    def _open_folder(self) -> MetricsWriter:
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.folder / "config.yaml")
-            self.metrics = MetricsWriter(self.folder, self.start_step)
-            self.metrics.config(asdict(config))
+            save_config(self.config, self.folder / "config.yaml")
+            metrics = MetricsWriter(self.folder, self.start_step)
+        except OSError as error:
+            raise UserError(f"run.dir: can't write to '{self.folder}' ({error.strerror}): set another folder") from error
+        metrics.config(asdict(self.config))
+        return metrics
 
     def fit(self) -> bool:
         """Train to the last step. False when a signal ended the run early (state saved)."""
@@ -164,7 +170,8 @@ class Trainer:
             **held_out,
         }
         if not math.isfinite(total["loss"]):
-            raise UserError(f"step {batch.step + 1}: loss is {total['loss']}: lower optim.lr or raise loss.temperature")
+            problem = f"step {batch.step + 1}: loss is {total['loss']}: lower optim.lr or raise loss.temperature"
+            raise UserError(problem, on_every_rank=True)
         if self.metrics is not None:
             self.metrics.write(values)
         return f"loss {values['loss']:.3f} top1 {values['in_batch_top1']:.2f} {rates['pairs_per_s']:.0f} pairs/s"
@@ -208,12 +215,13 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint of this run, if there is one; returns the step to go on from."""
-        complete: list[Any] = self.checkpoints.complete()
-        if not complete:
-            return 0
-        if not self.config.checkpoint.resume:
-            raise UserError(f"{self.folder} holds checkpoints: set checkpoint.resume=true or another run.name")
-        check_same_run(complete[0], asdict(self.config))
+        with env.agreement():
+            complete: list[Any] = self.checkpoints.complete()
+            if not complete:
+                return 0
+            if not self.config.checkpoint.resume:
+                raise UserError(f"{self.folder} holds checkpoints: set checkpoint.resume=true or another run.name")
+            check_same_run(complete[0], asdict(self.config))
         meta = self.checkpoints.load(self.engine, complete[0])
         if env.is_main():
             log.info("resumed from %s", complete[0])

@@ -40,7 +40,8 @@ class Packer:
         """Pack dialogues in the given order.
 
         Args:
-            replace_broken: put a small grey picture where one does not decode, and count it; else raise ImageError.
+            replace_broken: put a small grey picture where one does not decode, and count it; else raise an
+                ImageError that names it.
         """
         text_ids = self._encode([turn for side in sides for turn in side.dialogue.turns])
         row = _Row()
@@ -66,9 +67,9 @@ class Packer:
     def _picture(self, ref, row: _Row, replace_broken: bool) -> Patches:  # type: ignore[no-untyped-def]
         try:
             return self.images.patches(ref)
-        except ImageError:
+        except ImageError as error:
             if not replace_broken:
-                raise
+                raise ImageError(f"picture {ref}: {error}") from error
             row.replaced += 1
             return self._placeholder
 
@@ -137,13 +138,13 @@ class Collator:
         choices_k = np.array([len(turn.questions) for turn in record.turns])
         chosen_k = draw_paraphrases(self.seed, epoch, sample_k, turn_k, choices_k)
         # One permutation for both sides; the picture precedes whichever turn comes first.
-        order = np.argsort(draws.draw_u64(self.seed, epoch, sample_k, draws.TURN_ORDER, turn_k), kind="stable")
-        turns = [record.turns[j] for j in order]
+        order_k = np.argsort(draws.draw_u64(self.seed, epoch, sample_k, draws.TURN_ORDER, turn_k), kind="stable")
+        turns = [record.turns[j] for j in order_k]
         ids_k3 = np.empty((len(turns), 3), np.int64)
         ids_k3[:, 0] = data["image_id"]
-        ids_k3[:, 1] = sample * TURNS_PER_SAMPLE + order
+        ids_k3[:, 1] = sample * TURNS_PER_SAMPLE + order_k
         ids_k3[:, 2] = [target_hash(turn.target, record.target_images) for turn in turns]
-        questions = tuple(turn.questions[chosen_k[j]] for turn, j in zip(turns, order, strict=True))
+        questions = tuple(turn.questions[chosen_k[j]] for turn, j in zip(turns, order_k, strict=True))
         targets = tuple(turn.target for turn in turns)
         return [
             Side(QUERY, Dialogue(questions, record.query_images), query_history, ids_k3),

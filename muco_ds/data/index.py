@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +28,7 @@ from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 
-VERSION = 1
+VERSION = 2
 CHUNK_ROWS = 256
 
 SAMPLE = np.dtype(
@@ -71,6 +72,16 @@ class Index:
         return start, int(self.turns["question_end"][turn])
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a range of rows: arrays as in Index, and the rows that can't be used."""
+
+    samples: np.ndarray
+    turns: np.ndarray
+    questions: np.ndarray
+    bad: list[dict]
+
+
 class Indexer:
     """Measures rows of a data set; picklable, so that several processes share the work."""
 
@@ -85,31 +96,31 @@ class Indexer:
         facts = repr([VERSION, stats, self.reader.images, tokenizer, self.template.opening, self.template.tail, limits])
         return hashlib.sha256(facts.encode()).hexdigest()[:20]
 
-    def measure(self, rows: range) -> tuple[list[tuple], list[list[tuple]], list[list[list[int]]], list[dict]]:
-        """Per usable row: sample values, turn values, token counts of the paraphrases; and the bad rows."""
+    def measure(self, rows: range) -> Measured:
+        """Measure some rows; ends count from the first of them."""
         samples: list[tuple] = []
-        turns: list[list[tuple]] = []
-        questions: list[list[list[int]]] = []
+        turns: list[tuple] = []
+        questions: list[int] = []
         bad: list[dict] = []
         for row in rows:
             try:
                 record = self.reader.record(row)
-                sample = self._sample(record)
+                images = self._images(record)
             except (RowError, ImageError) as error:
                 bad.append({"row": row, "reason": str(error)})
                 continue
             texts = [text for turn in record.turns for text in (*turn.questions, turn.target)]
-            counts = iter([len(ids) for ids in self.template.encode_texts(texts)])
-            samples.append(sample)
-            questions.append([])
-            turns.append([])
+            tokens = iter([len(ids) for ids in self.template.encode_texts(texts)])
             for turn in record.turns:
-                questions[-1].append([next(counts) for _ in turn.questions])
-                turns[-1].append((next(counts), turn.kind, target_hash(turn.target, record.target_images)))
-        return samples, turns, questions, bad
+                questions += [next(tokens) for _ in turn.questions]
+                hashed = target_hash(turn.target, record.target_images)
+                turns.append((next(tokens), turn.kind, hashed, len(questions)))
+            samples.append((row, len(turns), image_id(record), *images))
+        return Measured(np.array(samples, SAMPLE), np.array(turns, TURN), np.array(questions, QUESTION), bad)
 
-    def _sample(self, record: Record) -> tuple:
-        sides = []
+    def _images(self, record: Record) -> tuple[int, ...]:
+        """Number and tokens of the pictures of each side, patches and squared patches of both."""
+        sides: list[int] = []
         patches: list[int] = []
         for paths in (record.query_images, record.target_images):
             tokens = 0
@@ -121,7 +132,7 @@ class Indexer:
                 patches.append(grid[0] * grid[1] * grid[2])
                 tokens += self.images.tokens(grid)
             sides += [len(paths), tokens]
-        return (record.row, image_id(record), *sides, sum(patches), sum(p * p for p in patches))
+        return (*sides, sum(patches), sum(p * p for p in patches))
 
 
 def stable_hash(text: str) -> int:
@@ -187,19 +198,16 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
         open(work / "bad_rows.jsonl", "w") as bad_file,
         tqdm(total=total, desc="indexing", unit="row", disable=not progress) as bar,
     ):
-        measured = _measure_all(indexer, chunks, processes)
-        for chunk, (samples, turns, questions, bad) in zip(chunks, measured, strict=True):
-            for sample, sample_turns, sample_questions in zip(samples, turns, questions, strict=True):
-                rows = []
-                for (tokens, kind, hashed), counts in zip(sample_turns, sample_questions, strict=True):
-                    question_end += len(counts)
-                    rows.append((tokens, kind, hashed, question_end))
-                    question_file.write(np.array(counts, QUESTION).tobytes())
-                turn_end += len(rows)
-                turn_file.write(np.array(rows, TURN).tobytes())
-                sample_file.write(np.array([(sample[0], turn_end, *sample[1:])], SAMPLE).tobytes())
-            bad_file.writelines(json.dumps(entry) + "\n" for entry in bad)
-            usable, bad_rows = usable + len(samples), bad_rows + len(bad)
+        for chunk, part in zip(chunks, _measure_all(indexer, chunks, processes), strict=True):
+            part.samples["turn_end"] += turn_end
+            part.turns["question_end"] += question_end
+            turn_end += len(part.turns)
+            question_end += len(part.questions)
+            part.samples.tofile(sample_file)
+            part.turns.tofile(turn_file)
+            part.questions.tofile(question_file)
+            bad_file.writelines(json.dumps(entry) + "\n" for entry in part.bad)
+            usable, bad_rows = usable + len(part.samples), bad_rows + len(part.bad)
             bar.update(len(chunk))
     meta = {"version": VERSION, "files": indexer.reader.files, "rows": total, "usable": usable, "bad_rows": bad_rows}
     (work / "meta.json").write_text(json.dumps(meta, indent=2))
@@ -209,23 +217,30 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[tuple]:
+def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:
+    """Measured chunks in order. A few are in flight at a time: results must not pile up when writing is slower."""
     if processes <= 1:
         yield from map(indexer.measure, chunks)
         return
     with ProcessPoolExecutor(processes, get_context("fork"), initializer=_adopt, initargs=(indexer.measure,)) as pool:
-        yield from pool.map(_run, chunks)
+        running: deque[Future[Measured]] = deque()
+        for chunk in chunks:
+            running.append(pool.submit(_run, chunk))
+            if len(running) >= 4 * processes:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
-_measure: Callable[[range], tuple]
+_measure: Callable[[range], Measured]
 
 
-def _adopt(measure: Callable[[range], tuple]) -> None:
+def _adopt(measure: Callable[[range], Measured]) -> None:
     global _measure
     _measure = measure
 
 
-def _run(rows: range) -> tuple:
+def _run(rows: range) -> Measured:
     return _measure(rows)
 
 

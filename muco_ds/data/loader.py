@@ -25,7 +25,7 @@ class StepDataset(Dataset[StepBatch | UserError]):
     def __getitem__(self, step: int) -> StepBatch | UserError:
         try:
             plan = self.plan.step(step)
-            self._check_one_pack(plan)
+            check_one_pack(self.plan, plan)
             packs = [self.collator(samples, plan.epoch) for samples in plan.packs[self.rank]]
         except UserError as error:
             return error
@@ -46,14 +46,16 @@ class StepDataset(Dataset[StepBatch | UserError]):
             },
         )
 
-    def _check_one_pack(self, plan: StepPlan) -> None:
-        if max(map(len, plan.packs)) > 1:
-            need = -(-plan.tokens // self.plan.world_size)
-            raise UserError(
-                f"step {plan.step}: batch.images={self.plan.images} needs about {need} tokens on each of "
-                f"{self.plan.world_size} ranks but batch.pack_tokens={self.plan.pack_tokens}: raise batch.pack_tokens "
-                "(a tenth above the need leaves room), lower batch.images, or use more ranks"
-            )
+
+def check_one_pack(plan: Plan, step: StepPlan) -> None:
+    """Raises UserError when a step needs more than one pack on a rank, saying what to change."""
+    if max(map(len, step.packs)) > 1:
+        need = -(-step.tokens // plan.world_size)
+        raise UserError(
+            f"step {step.step}: batch.images={plan.images} needs about {need} tokens on each of {plan.world_size} ranks "
+            f"but batch.pack_tokens={plan.pack_tokens}: raise batch.pack_tokens (a tenth above it leaves room), "
+            "lower batch.images, or use more ranks"
+        )
 
 
 def step_batches(dataset: StepDataset, start: int, *, workers: int, pin_memory: bool) -> Iterator[StepBatch]:

@@ -22,6 +22,8 @@ from muco_ds.flops import FlopsModel
 
 _SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions needs little memory
 
+_SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions needs little memory
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -133,7 +135,7 @@ class Plan:
         tokens_B = np.zeros(len(samples_B), np.int64)
         pairs_B = np.zeros(len(samples_B))
         for side, text_N in texts.items():
-            vision_B = data[f"{side}_image_tokens"].astype(np.int64) + 2 * data[f"{side}_images"]
+            vision_B = _vision_tokens(data, side)
             text_B = np.bincount(owner_N, text_N, len(samples_B)).astype(np.int64)
             length_B, prefix_B = self.template.count(text_B, turns_B, vision_B, history[side])
             # Isolated turns: each attends to the prefix and to itself; its own newline is too small to matter here.
@@ -176,43 +178,47 @@ class Plan:
         return [np.array(sorted(pack)) for pack in packs]
 
     def _check_longest(self) -> None:
+        """No example may exceed a pack in any epoch's draw."""
         for start in range(0, len(self.index), _SCANNED_SAMPLES):
             stop = min(start + _SCANNED_SAMPLES, len(self.index))
-            tokens_B = longest_tokens(
-                self.index, self.template, start, stop, self.query_history, self.target_history
-            )
+            tokens_B = longest_tokens(self.index, self.template, start, stop, self.query_history, self.target_history)
             worst = int(tokens_B.argmax())
             if tokens_B[worst] > self.pack_tokens:
                 row = int(self.index.samples["row"][start + worst])
                 raise UserError(
-                    f"data.train row {row} needs {tokens_B[worst]} tokens but batch.pack_tokens={self.pack_tokens}: "
-                    "raise batch.pack_tokens, lower data.max_pixels, or shorten the row"
+                    f"data.train row {row} needs up to {tokens_B[worst]} tokens but batch.pack_tokens="
+                    f"{self.pack_tokens}: raise batch.pack_tokens, lower data.max_pixels, or shorten the row"
                 )
 
 
 def longest_tokens(
     index: Index, template: ChatTemplate, start: int, stop: int, query_history: float, target_history: float
 ) -> np.ndarray:
-    """Most tokens that samples start .. stop can need in any epoch: their longest paraphrases in the longer layout."""
+    """Most tokens that samples start .. stop can need in any epoch: longest paraphrases, longest layout; int64."""
     data = index.samples[start:stop]
-    first_turn, last_turn = index.turn_bounds(start)[0], index.turn_bounds(stop - 1)[1]
-    turns = index.turns[first_turn:last_turn]
+    first_turn = index.turn_bounds(start)[0]
     first_question = index.question_bounds(first_turn)[0]
-    question_end_N = turns["question_end"] - first_question
-    questions = index.question_tokens[first_question : first_question + question_end_N[-1]]
+    turns_N = index.turns[first_turn : index.turn_bounds(stop - 1)[1]]
+    turns_B = np.diff(data["turn_end"], prepend=first_turn)
+    owner_N = np.repeat(np.arange(len(data)), turns_B)
+    starts_N = np.concatenate(([first_question], turns_N["question_end"][:-1])) - first_question
+    questions = index.question_tokens[first_question : turns_N["question_end"][-1]]
     texts = {
-        "query": (np.maximum.reduceat(questions, np.concatenate(([0], question_end_N[:-1]))), query_history),
-        "target": (turns["target_tokens"], target_history),
+        "query": (np.maximum.reduceat(questions, starts_N), query_history),
+        "target": (turns_N["target_tokens"], target_history),
     }
-    turn_start_B = np.concatenate(([0], data["turn_end"][:-1] - first_turn))
-    turns_B = np.diff(turn_start_B, append=len(turns))
     tokens_B = np.zeros(len(data), np.int64)
     for side, (text_N, history) in texts.items():
-        text_B = np.add.reduceat(text_N, turn_start_B, dtype=np.int64)
-        vision_B = data[f"{side}_image_tokens"].astype(np.int64) + 2 * data[f"{side}_images"]
-        layouts = [causal for causal, possible in ((True, history > 0), (False, history < 1)) if possible]
-        tokens_B += np.max([template.count(text_B, turns_B, vision_B, np.array(c))[0] for c in layouts], axis=0)
+        text_B = np.bincount(owner_N, text_N, len(data)).astype(np.int64)
+        layouts = [np.array(causal) for causal, drawn in ((True, history > 0), (False, history < 1)) if drawn]
+        counts = [template.count(text_B, turns_B, _vision_tokens(data, side), layout)[0] for layout in layouts]
+        tokens_B += np.max(counts, axis=0)
     return tokens_B
+
+
+def _vision_tokens(data_B: np.ndarray, side: str) -> np.ndarray:
+    """Tokens of the pictures of a side, each with its start and end."""
+    return data_B[f"{side}_image_tokens"].astype(np.int64) + 2 * data_B[f"{side}_images"]
 
 
 def draw_paraphrases(

@@ -31,7 +31,7 @@ def data_files(pattern: str, key: str) -> list[str]:
     if os.path.isdir(pattern):
         files = sorted(str(path) for path in Path(pattern).glob("**/*.parquet"))
     else:
-        files = sorted(glob.glob(pattern)) or ([pattern] if os.path.exists(pattern) else [])
+        files = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
     if not files:
         raise UserError(f"{key}: no parquet file at '{pattern}': give a .parquet file, a folder of them or a glob")
     return files

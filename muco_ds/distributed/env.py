@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -43,6 +45,9 @@ def start() -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank())
+    # DeepSpeed's shared-memory op for CPUs serves inference only, takes a compiler and half a minute, and a process that is
+    # killed while loading it leaves a lock file that every later start waits for, forever.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=_TIMEOUT, verbose=False)
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
 
@@ -72,7 +77,39 @@ def agree(problem: str | None) -> None:
         dist.all_gather_object(problems, problem)
     first = next((p for p in problems if p is not None), None)
     if first is not None:
-        raise UserError(first)
+        raise UserError(first, on_every_rank=True)
+
+
+@contextmanager
+def agreement() -> Iterator[None]:
+    """What one rank finds wrong inside is raised on every rank. The body holds no collective; every rank must enter."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    agree(problem)
+
+
+def on_main(work: Callable[[], object]) -> None:
+    """Run `work` on rank 0 while the others wait, longer than any collective may take. Collective.
+
+    Raises:
+        UserError: that of rank 0, on every rank.
+    """
+    problem: list[str | None] = [None]
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if several else None
+    if is_main():
+        try:
+            work()
+        except UserError as error:
+            problem = [str(error)]
+    if group is not None:
+        dist.broadcast_object_list(problem, src=0, group=group)
+        dist.destroy_process_group(group)
+    if problem[0] is not None:
+        raise UserError(problem[0], on_every_rank=True)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

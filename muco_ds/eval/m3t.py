@@ -54,7 +54,7 @@ class M3TTask:
             try:
                 record = reader.record(row)
                 for path in (*record.query_images, *record.target_images):
-                    read_size(path)
+                    _check_header(path)
                 records.append(record)
             except (RowError, ImageError) as error:
                 problem = problem or f"row {row}: {error}"
@@ -87,3 +87,10 @@ class M3TTask:
 
     def results(self, ranking: Ranking) -> dict[str, dict[str, float | int]]:
         return precision_at_1(ranking.correct_Q, self.kinds, len(self.candidates))
+
+
+def _check_header(path: str) -> None:
+    try:
+        read_size(path)
+    except ImageError as error:
+        raise ImageError(f"picture {path}: {error}") from error

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -36,8 +36,11 @@ def load_config(path: str) -> PretrainedConfig:
     """Configuration of a supported backbone folder. Raises UserError for a folder that is none."""
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(f"model.path: '{path}' holds no config.json: give a Hugging Face model folder")
-    with open(os.path.join(path, "config.json")) as file:
-        model_type = json.load(file).get("model_type")
+    try:
+        with open(os.path.join(path, "config.json")) as file:
+            model_type = json.load(file).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"model.path: '{path}' holds a config.json that is no JSON object: copy it again") from error
     if model_type not in BACKBONES:
         raise UserError(f"model.path: '{path}' is a '{model_type}' model; supported: {', '.join(BACKBONES)}")
     return AutoConfig.from_pretrained(path)
@@ -78,12 +81,18 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
     """
     config = load_config(path)
     register_attention()
-    implementation = {"": BACKENDS[attention], "text_config": BACKENDS[attention], "vision_config": _vision_attention()}
+    text_attention = BACKENDS[attention]
+    implementation = {"": text_attention, "text_config": text_attention, "vision_config": _vision_attention(dtype)}
     try:
         model = BACKBONES[config.model_type].from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=implementation
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=implementation,
+            # transformers 5.23 leaves the tower of a checkpoint with nested names (`model.visual.*`) uninitialised.
+            key_mapping={r"^model\.visual\.": "visual."},
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path: '{path}' does not load: {str(error).splitlines()[0]}") from error
     verify_weights(model, path)
     check_rotary_tables(model)
@@ -94,11 +103,13 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
     return model
 
 
-def _vision_attention() -> str:
+def _vision_attention(dtype: torch.dtype) -> str:
+    if dtype == torch.float32 or not torch.cuda.is_available():  # flash-attn computes in 16 bits only
+        return "sdpa"
     try:
         import flash_attn  # noqa: F401
 
-        return "flash_attention_2" if torch.cuda.is_available() else "sdpa"
+        return "flash_attention_2"
     except ImportError:
         return "sdpa"
 

@@ -5,6 +5,7 @@ Shape suffixes: T rows of the pack, E pooled rows, D hidden size, N items.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -98,8 +99,7 @@ class Embedder(nn.Module):
         """Embeddings of the items in their order, float32 [N, D], unit length.
 
         Raises:
-            UserError: an item of another type or without content.
-            ImageError: a picture that does not decode.
+            UserError: an item of another type or without content, a picture that does not decode.
         """
         return self._encode([_dialogue(i, item) for i, item in enumerate(items)], pack_tokens, progress)
 
@@ -153,8 +153,14 @@ def _dialogue(position: int, item: Item) -> Dialogue:
     if not isinstance(item, Mapping) or not item.keys() <= {"text", "image", "instruction"}:
         raise UserError(f"item {position}: give a text, a picture, or a dict with 'text', 'image', 'instruction'")
     image = item.get("image")
-    images = () if image is None else tuple(image) if isinstance(image, (list, tuple)) else (image,)
-    text = "\n".join(part for part in (item.get("instruction"), item.get("text")) if part)
+    given = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
+    images = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in given)
+    if not all(isinstance(one, (str, Image.Image)) for one in images):
+        raise UserError(f"item {position}: 'image' must be a path, a picture or a list of them")
+    parts = [part for part in (item.get("instruction"), item.get("text")) if part]
+    if not all(isinstance(part, str) for part in parts):
+        raise UserError(f"item {position}: 'text' and 'instruction' must be strings")
+    text = "\n".join(parts)
     if not text.strip() and not images:
         raise UserError(f"item {position}: has neither text nor picture")
     return Dialogue((text,), images)

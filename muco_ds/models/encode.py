@@ -12,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 from muco_ds.data.collator import QUERY, Packer, Side
-from muco_ds.data.images import read_size
+from muco_ds.data.images import ImageError, read_size
 from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
 from muco_ds.distributed import env
 from muco_ds.distributed.gather import gather_rows
+from muco_ds.errors import UserError
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def encode_dialogues(
     Args:
         progress: description of a progress bar on rank 0; None for none.
     Raises:
-        ImageError: a picture that does not decode.
+        UserError: on every rank, naming a picture that does not decode.
     """
     packs = split_by_tokens(packer, dialogues, pack_tokens)
     world_size, rank = env.world_size(), env.rank()
@@ -45,7 +46,13 @@ def encode_dialogues(
     for round_index in tqdm(rounds, desc=progress, unit="pack", disable=progress is None or not env.is_main()):
         # In the last round ranks without a pack of their own repeat the first, so that none is missing in a collective.
         mine = [packs[i] if (i := round_index * world_size + r) < len(packs) else packs[0] for r in range(world_size)]
-        batch = packer.pack([_side(dialogues[i]) for i in mine[rank]], replace_broken=False).to(device)
+        problem = None
+        try:
+            pack = packer.pack([_side(dialogues[i]) for i in mine[rank]], replace_broken=False)
+        except ImageError as error:
+            problem = str(error)
+        env.agree(problem)  # a rank that left alone would leave the others waiting in the model
+        batch = pack.to(device)
         counts = [sum(len(dialogues[i].turns) for i in pack) for pack in mine]
         parts.append(gather_rows(model(batch).float(), counts).cpu())
     total = sum(len(dialogue.turns) for dialogue in dialogues)
@@ -72,8 +79,11 @@ def split_by_tokens(packer: Packer, dialogues: Sequence[Dialogue], pack_tokens: 
 
 
 def _vision_tokens(packer: Packer, image: ImageRef) -> int:
-    size = read_size(image) if isinstance(image, str) else image.size
-    return packer.images.tokens(packer.images.grid(*size)) + 2
+    try:
+        size = read_size(image) if isinstance(image, str) else image.size
+        return packer.images.tokens(packer.images.grid(*size)) + 2
+    except ImageError as error:
+        raise UserError(f"picture {image}: {error}") from error
 
 
 def _side(dialogue: Dialogue) -> Side:

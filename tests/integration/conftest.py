@@ -1,0 +1,28 @@
+"""A small demo and a way to run the programs on it, made once for all integration tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from programs import Demo, Programs
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """64 training and 6 held-out scenes, a tiny model with its tokenizer, and a recipe."""
+    from muco_ds.models.demo_model import build_demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    build_demo(folder, scenes=64, test_scenes=6, seed=0)
+    made = Demo(folder)
+    made.write_recipe()
+    return made
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    server = Programs(tmp_path_factory.mktemp("programs") / "jobs")
+    yield server
+    server.close()

@@ -1,0 +1,81 @@
+"""Prints as JSON how far SentenceTransformer and AutoProcessor are from Embedder: `python ... MODEL`.
+
+A program of its own because torchvision must be prepared before transformers is imported.
+"""
+
+import json
+import sys
+
+import torch
+
+
+def prepare_torchvision() -> list[torch.library.Library]:
+    """Declare the two operators that torchvision's PyPI wheel misses beside a CPU build of torch."""
+    try:
+        import torchvision  # noqa: F401
+
+        return []
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor a, Tensor b, float c) -> Tensor")
+        library.define("qnms(Tensor a, Tensor b, float c) -> Tensor")
+        return [library]
+
+
+def main() -> None:
+    libraries = prepare_torchvision()  # must stay alive
+    import numpy as np
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoProcessor
+
+    from muco_ds import Embedder
+    from muco_ds.data.collator import QUERY, Side
+    from muco_ds.data.schema import Dialogue
+
+    path = sys.argv[1]
+    rng = np.random.default_rng(0)
+
+    def picture(width: int, height: int) -> Image.Image:
+        return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    embedder = Embedder.from_pretrained(path, device="cpu", dtype=torch.float32)
+    model = SentenceTransformer(path, device="cpu", local_files_only=True)
+    # Multiples of 28 px within the model's limits: these sizes are not resized.
+    a, b, c = picture(84, 84), picture(56, 112), picture(56, 56)
+    batches: dict[str, list] = {
+        "texts": ["Where is the red circle?", "x", "  In the top left corner,\nbelow the green one.  "],
+        "pictures": [a, b, c],
+        "both": [{"image": a, "text": "Which shape is it?"}, {"text": "How many are there?", "image": b}],
+        "several pictures": [{"image": [a, b], "text": "Which one is larger?"}, {"image": [c, a]}],
+        "mixed": ["A blue square.", {"image": c, "text": "What is this?"}, b, "No."],
+    }
+    result = {name: difference(model.encode(items), embedder.encode(items)) for name, items in batches.items()}
+    resized = [picture(150, 210), picture(300, 90), picture(20, 40)]
+    result["resized"] = difference(model.encode(resized[:2]), embedder.encode(resized[:2]))
+
+    processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    assert embedder.packer is not None
+    ids_equal = []
+    for pictures, text in (([], "Where?"), ([a], ""), ([b], "What is it?"), ([a, resized[0]], "Which?")):
+        content = [{"type": "text", "text": text}, *({"type": "image", "image": image} for image in pictures)]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="np"
+        )
+        side = Side(QUERY, Dialogue((text,), tuple(pictures)), history=False, ids_k3=np.zeros((1, 3), np.int64))
+        ids_equal.append(
+            prompt["input_ids"][0].tolist() == embedder.packer.pack([side], replace_broken=False).input_ids_T.tolist()
+        )
+    del libraries
+    print(json.dumps({"differences": result, "ids_equal": ids_equal, "limit": model.max_seq_length}))
+
+
+def difference(one_ND, other_ND) -> float:  # type: ignore[no-untyped-def]
+    assert one_ND.shape == other_ND.shape
+    return float(abs(one_ND - other_ND).max())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A run cannot be lost: killed at any instant or told to stop, it goes on to the losses of a run that never was."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from programs import Demo, Job, Programs, Result, losses, metrics
+
+STEPS, RANKS = 8, 2
+# The constant schedule, because a cosine's end is run.max_steps, which may change between a run and its resumption.
+LONG = {"run.max_steps": STEPS, "checkpoint.every": 1, "checkpoint.keep": STEPS, "optim.schedule": "constant"}
+REQUEUE = 75
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a finished run with a checkpoint of each step."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    programs.run(demo.train(out, LONG), ranks=RANKS).check()
+    assert len(losses(out)) == STEPS
+    return out
+
+
+@pytest.fixture
+def finished(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run for a test to spoil."""
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def wait_until(condition: Callable[[], bool], job: Job) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            job.kill()
+            raise AssertionError("the run made no step within 60 s")
+        time.sleep(0.01)
+
+
+def steps_logged(out: Path) -> int:
+    path = out / "run" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def refused(result: Result) -> str:
+    """The one line of a run that every rank refused."""
+    assert result.codes == [2] * len(result.codes), result.output[-3000:]
+    lines = [line for stream in result.stderr for line in stream.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output, result.output[-3000:]
+    return lines[0]
+
+
+def test_kill_9_at_random_instants_changes_no_loss(
+    demo: Demo, programs: Programs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    seed = time.time_ns() % 10**6
+    print(f"seed of the instants: {seed}")
+    rng = random.Random(seed)
+    for _ in range(3):
+        before = steps_logged(tmp_path)
+        job = programs.start(demo.train(tmp_path, LONG), ranks=RANKS)
+        # From the first new step on, so that each round has something to lose; a step and its checkpoint take 0.3 s.
+        wait_until(lambda before=before: steps_logged(tmp_path) != before, job)  # type: ignore[misc]
+        time.sleep(rng.uniform(0.0, 0.7))
+        job.kill()
+    programs.run(demo.train(tmp_path, LONG), ranks=RANKS).check()
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_half_written_checkpoints_are_passed_over_and_named(
+    demo: Demo, programs: Programs, uninterrupted: Path, finished: Path
+) -> None:
+    checkpoints = finished / "run" / "checkpoints"
+    (checkpoints / "step_0000009.tmp").mkdir()
+    (checkpoints / "step_0000008" / "manifest.json").unlink()
+    shard = next((checkpoints / "step_0000007" / "model").glob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    next((checkpoints / "step_0000006" / "model").glob("*model_states.pt")).unlink()
+    output = programs.run(demo.train(finished, LONG), ranks=RANKS).check().output
+    for step in (6, 7, 8):
+        assert len([line for line in output.splitlines() if f"step_000000{step} is not complete" in line]) == 1, output
+    assert f"resumed from {checkpoints / 'step_0000005'}" in output
+    assert losses(finished) == losses(uninterrupted)
+    assert not list(checkpoints.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_with_the_state_saved(
+    number: signal.Signals, demo: Demo, programs: Programs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    overrides = {**LONG, "checkpoint.every": 100}
+    job = programs.start(demo.train(tmp_path, overrides), ranks=RANKS)
+    wait_until(lambda: steps_logged(tmp_path) > 0, job)
+    job.signal(1, number)
+    assert job.wait().codes == [REQUEUE] * RANKS
+    saved = list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    stopped_after = len(metrics(tmp_path))
+    assert [path.name for path in saved] == [f"step_{stopped_after:07d}"] and stopped_after < STEPS
+    assert "resumed from" in programs.run(demo.train(tmp_path, overrides), ranks=RANKS).check().output
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_a_finished_run_started_again_does_nothing(demo: Demo, programs: Programs, finished: Path) -> None:
+    def state() -> list[tuple[Path, int]]:
+        return [(path, path.stat().st_mtime_ns) for path in sorted((finished / "run" / "checkpoints").rglob("*"))]
+
+    before, lines = state(), metrics(finished)
+    programs.run(demo.train(finished, LONG), ranks=RANKS).check()
+    assert state() == before and metrics(finished) == lines
+
+
+def test_another_run_is_not_continued_by_mistake(
+    demo: Demo, programs: Programs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    line = refused(programs.run(demo.train(uninterrupted, {**LONG, "loss.temperature": 0.05}), ranks=RANKS))
+    assert "loss.temperature=0.05" in line and "trained with 0.02" in line and "run.name" in line
+    shutil.copytree(demo.model, tmp_path / "other")
+    line = refused(programs.run(demo.train(uninterrupted, {**LONG, "model.path": tmp_path / "other"}), ranks=RANKS))
+    assert f"model.path={tmp_path / 'other'}" in line and str(demo.model) in line and "change it back" in line
+    line = refused(programs.run(demo.train(uninterrupted, LONG)))
+    assert "written by 2 ranks, this run has 1" in line and "start as many" in line
+    line = refused(programs.run(demo.train(uninterrupted, {**LONG, "checkpoint.resume": "false"})))
+    assert "holds checkpoints" in line and "run.name" in line

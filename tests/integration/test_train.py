@@ -1,0 +1,149 @@
+"""launch/train.py as a user starts it: what it writes, and that only speed and memory depend on how it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from programs import Demo, Programs, Result, losses, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from muco_ds.config_cli import load_config, parse_args
+from muco_ds.metrics import METRIC_KEYS
+
+STEPS = 3
+PROMISED_KEYS = (
+    *("step", "loss", "lr", "grad_norm", "temperature", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s"),
+    *("tokens_per_s", "mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "masked_frac"),
+    *("in_batch_top1", "pos_sim", "hardest_neg_sim"),
+)
+SHORT = {"run.max_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def one_process(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of the run that the others are compared with: a plain program, ZeRO-3."""
+    out = tmp_path_factory.mktemp("one")
+    programs.run(demo.train(out, SHORT)).check()
+    return out
+
+
+@pytest.fixture(scope="module")
+def launched(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Output folder and outputs of the real launcher's run on two ranks under ZeRO-3, with validation."""
+    out = tmp_path_factory.mktemp("launched")
+    overrides = {**SHORT, "validation.every": 2, "validation.rows": 2}
+    return out, programs.launch(["deepspeed", "--num_gpus", "2", *demo.train(out, overrides)]).check()
+
+
+def write_stage(folder: Path, stage: int) -> Path:
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 1_000_000_000}))
+    return path
+
+
+def close(first: dict[int, float], second: dict[int, float]) -> None:
+    assert list(first) == list(second) == list(range(1, STEPS + 1))
+    assert list(first.values()) == pytest.approx(list(second.values()), rel=1e-5)
+
+
+def test_every_metrics_line_holds_the_promised_keys(launched: tuple[Path, Result]) -> None:
+    lines = metrics(launched[0])
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert set(PROMISED_KEYS) == METRIC_KEYS
+    for line in lines:
+        assert set(PROMISED_KEYS) <= set(line)
+        assert line["images"] == 8 and line["pairs"] == 56
+        assert line["llm_tokens"] > 0 and line["vit_patches"] == 8 * 36
+        assert 0 < line["pack_fill"] <= 1 <= line["imbalance"]
+        assert line["mfu"] is None, "no peak is known of a CPU"
+        assert all(isinstance(line[key], int | float) for key in PROMISED_KEYS if key != "mfu")
+    assert [("val/overall/precision@1" in line) for line in lines] == [False, True, True]
+
+
+def test_the_saved_config_is_the_run(launched: tuple[Path, Result], demo: Demo) -> None:
+    argv = demo.train(launched[0], {**SHORT, "validation.every": 2, "validation.rows": 2})[1:]
+    assert load_config(launched[0] / "run" / "config.yaml") == parse_args(argv).config
+
+
+def test_tensorboard_holds_scalars_config_and_a_picture(launched: tuple[Path, Result]) -> None:
+    board = EventAccumulator(str(launched[0] / "run" / "tb"))
+    board.Reload()
+    tags = board.Tags()
+    assert {f"train/{key}" for key in PROMISED_KEYS if key not in ("step", "mfu")} <= set(tags["scalars"])
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(list(losses(launched[0]).values()))
+    text = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "temperature: 0.02" in text and "pack_tokens: 4096" in text
+    assert tags["images"] == ["val/answers"]
+    pictures = board.Images("val/answers")
+    assert [picture.step for picture in pictures] == [2, 3] and pictures[0].width >= 300
+
+
+def test_two_ranks_train_as_one_process(launched: tuple[Path, Result], one_process: Path) -> None:
+    close(losses(launched[0]), losses(one_process))
+    assert losses(one_process)[1] != pytest.approx(losses(one_process)[3], rel=1e-3), "nothing was learned"
+    first, second = ([line["grad_norm"] for line in metrics(out)] for out in (launched[0], one_process))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_torchrun_gives_the_same_run(demo: Demo, programs: Programs, one_process: Path, tmp_path: Path) -> None:
+    command = ["torchrun", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += demo.train(tmp_path, SHORT)
+    programs.launch(command).check()
+    close(losses(tmp_path), losses(one_process))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_zero_stages_give_the_same_losses(
+    stage: int, demo: Demo, programs: Programs, one_process: Path, tmp_path: Path
+) -> None:
+    overrides = {**SHORT, "deepspeed": write_stage(tmp_path, stage)}
+    programs.run(demo.train(tmp_path, overrides), ranks=2).check()
+    close(losses(tmp_path), losses(one_process))
+
+
+def test_activation_checkpointing_changes_only_memory(
+    demo: Demo, programs: Programs, one_process: Path, tmp_path: Path
+) -> None:
+    programs.run(demo.train(tmp_path, {**SHORT, "model.activation_checkpointing": "true"}), ranks=2).check()
+    close(losses(tmp_path), losses(one_process))
+
+
+def test_packing_budget_and_workers_change_nothing(
+    demo: Demo, programs: Programs, one_process: Path, tmp_path: Path
+) -> None:
+    programs.run(demo.train(tmp_path, {**SHORT, "batch.pack_tokens": 9000, "data.workers": 0})).check()
+    close(losses(tmp_path), losses(one_process))
+
+
+def test_ranks_without_a_picture_keep_in_step(demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    """Two rows a step on two ranks, most rows text alone: on most steps one rank, or both, has no picture at all."""
+    table = pq.read_table(demo.data / "train.parquet")
+    rows = table.to_pylist()[:16]
+    for i, row in enumerate(rows):
+        if i % 3:
+            row["qry_image_path"] = ""
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "mixed.parquet")
+    overrides = {"data.train": tmp_path / "mixed.parquet", "batch.images": 2, "run.max_steps": 6}
+    programs.run(demo.train(tmp_path, overrides), ranks=2).check()
+    patches = {line["vit_patches"] for line in metrics(tmp_path)}
+    assert 0 in patches and 36 in patches, "the draw no longer holds both kinds of step"
+
+
+def test_dry_run_says_what_fits_and_saves_nothing(demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    result = programs.run([*demo.train(tmp_path), "--dry_run"], ranks=2).check()
+    lines = [line for line in result.output.splitlines() if line.startswith("dry run: ")]
+    assert len(lines) == 1 and "4 steps planned, 8 per epoch" in lines[0] and "peak memory" in lines[0]
+    assert not list(tmp_path.rglob("step_*")) and not metrics(tmp_path)
+
+
+def test_print_config_is_a_recipe(demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    result = programs.run([*demo.train(tmp_path, {"optim.lr": 0.5}), "--print_config"]).check()
+    recipe = tmp_path / "printed.yaml"
+    recipe.write_text(result.stdout[0])
+    assert load_config(recipe) == parse_args(demo.train(tmp_path, {"optim.lr": 0.5})[1:]).config
+    assert os.listdir(tmp_path) == ["printed.yaml"]

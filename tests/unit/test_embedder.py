@@ -1,0 +1,228 @@
+"""The promises of the Embedder: packed = alone, no leak, the same gradients by every way, one vision call.
+
+Shape suffixes: E pooled rows, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import KINDS, POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue
+
+from muco_ds.data.schema import Dialogue, PackedBatch
+from muco_ds.models.embedder import Embedder
+
+ONE = Dialogue(("What is in the top left corner?",), (picture(1),))
+TEXT = Dialogue(("the colours are red and blue",))
+TURNS = ("Describe the picture.", "a", "Which colours are the shapes, and where is the sign?")
+MULTI = Dialogue(TURNS, (picture(2, 140, 84),))
+MULTI_TEXT = Dialogue(("the tale of the red star", "b", "a forest scene"))
+
+# name: dialogues and which of them see their earlier turns.
+PACKS: dict[str, tuple[list[Dialogue], list[bool]]] = {
+    "picture_first": ([ONE, TEXT, MULTI_TEXT], [False, False, False]),
+    "picture_last": ([TEXT, MULTI_TEXT, ONE], [False, True, False]),
+    "picture_absent": ([TEXT, Dialogue(("a",)), MULTI_TEXT], [False, True, False]),
+    "one_token_texts": ([Dialogue(("a",)), Dialogue(("b",), (picture(3),)), Dialogue(("c",))], [False, True, False]),
+    "picture_without_text": (
+        [Dialogue(("",), (picture(4),)), TEXT, Dialogue(("",), (picture(5),))],
+        [True, False, False],
+    ),
+    "several_pictures": (
+        [Dialogue(("Compare them.", "a"), (picture(6, 56, 140), picture(7), picture(8, 168, 56))), TEXT, ONE],
+        [True, False, False],
+    ),
+    "sizes": (
+        [replace(ONE, images=(picture(9, *size),)) for size in ((30, 45), (600, 90), (85, 113))],
+        [False, False, True],
+    ),
+    "isolated_turns": ([MULTI, TEXT, replace(MULTI, images=(picture(12), picture(13)))], [False, False, False]),
+    "causal_turns": ([MULTI, MULTI_TEXT, TEXT, replace(MULTI, images=(picture(14), picture(15)))], [True] * 4),
+    "mixed": ([MULTI, MULTI, MULTI_TEXT, ONE, MULTI_TEXT], [True, False, False, True, True]),
+}
+
+
+@pytest.mark.parametrize("case", PACKS)
+@pytest.mark.parametrize("pool", POOL_TOKENS)
+@pytest.mark.parametrize("attention", ["sdpa", "dense"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_equals_alone_in_the_stock_model(kind: str, attention: str, pool: str, case: str) -> None:
+    dialogues, histories = PACKS[case]
+    with torch.no_grad():
+        packed_ED = embedder(kind, attention)(pack(dialogues, histories, kind, pool))
+    alone_ED = torch.stack(
+        [
+            emb_D
+            for dialogue, history in zip(dialogues, histories, strict=True)
+            for emb_D in stock_dialogue(kind, pool, dialogue, history)
+        ]
+    )
+    assert packed_ED.dtype == torch.float32
+    torch.testing.assert_close(packed_ED, alone_ED, atol=1e-5, rtol=0)
+
+
+def test_the_tiny_models_tell_prompts_apart() -> None:
+    """Without this, the tolerance of packed = alone would prove nothing."""
+    others = [ONE, replace(ONE, images=(picture(16),)), replace(ONE, turns=("What is in the top right corner?",)), TEXT]
+    with torch.no_grad():
+        for kind in KINDS:
+            emb_ED = embedder(kind)(pack(others, False, kind))
+            assert (emb_ED[1:] - emb_ED[0]).abs().amax(1).min() > 1e-3
+
+
+def embeddings(dialogues: list[Dialogue], history: bool, kind: str = "qwen2_vl") -> torch.Tensor:
+    with torch.no_grad():
+        return embedder(kind)(pack(dialogues, history, kind))
+
+
+def row_range(dialogues: list[Dialogue], at: int) -> slice:
+    start = sum(len(dialogue.turns) for dialogue in dialogues[:at])
+    return slice(start, start + len(dialogues[at].turns))
+
+
+def same_length(text: str, other: str) -> None:
+    first, second = packer().template.encode_texts([text, other])
+    assert first != second and len(first) == len(second)
+
+
+CHANGES: dict[str, Callable[[Dialogue], Dialogue]] = {
+    "text": lambda dialogue: replace(dialogue, turns=("Describe the picture?", *dialogue.turns[1:])),
+    "picture": lambda dialogue: replace(dialogue, images=(picture(99, 140, 84),)),
+}
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_leak_into_other_dialogues(kind: str, at: int, change: str, history: bool) -> None:
+    same_length("Describe the picture.", "Describe the picture?")
+    dialogues = [MULTI_TEXT, ONE]
+    dialogues.insert(at, MULTI)
+    changed = [*dialogues[:at], CHANGES[change](MULTI), *dialogues[at + 1 :]]
+    before_ED, after_ED = embeddings(dialogues, history, kind), embeddings(changed, history, kind)
+    own = row_range(dialogues, at)
+    others_E = torch.ones(len(before_ED), dtype=torch.bool)
+    others_E[own] = False
+    assert torch.equal(before_ED[others_E], after_ED[others_E])
+    assert not torch.equal(before_ED[own.start], after_ED[own.start])
+    if change == "picture":
+        assert (before_ED[own] != after_ED[own]).any(1).all()  # every turn sees it
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_no_leak_between_isolated_turns(turn: int) -> None:
+    changed = replace(MULTI, turns=tuple("b" if j == turn == 1 else swapped(t, j == turn) for j, t in enumerate(TURNS)))
+    before_ED, after_ED = embeddings([TEXT, MULTI], False), embeddings([TEXT, changed], False)
+    differs_E = (before_ED != after_ED).any(1).tolist()
+    assert differs_E == [False, *(j == turn for j in range(3))]
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_no_leak_backwards_between_causal_turns_and_history_forwards(turn: int) -> None:
+    changed = replace(MULTI, turns=tuple("b" if j == turn == 1 else swapped(t, j == turn) for j, t in enumerate(TURNS)))
+    before_ED, after_ED = embeddings([TEXT, MULTI], True), embeddings([TEXT, changed], True)
+    differs_E = (before_ED != after_ED).any(1).tolist()
+    assert differs_E == [False, *(j >= turn for j in range(3))]
+
+
+def swapped(text: str, change: bool) -> str:
+    """The text with another last character, the same number of tokens."""
+    if not change or len(text) == 1:
+        return text
+    other = text[:-1] + ("?" if text[-1] == "." else ".")
+    same_length(text, other)
+    return other
+
+
+# ---- gradients
+
+
+def gradients(model: Embedder, batch: PackedBatch) -> dict[str, torch.Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    emb_ED = model(batch)
+    upstream_ED = torch.randn(emb_ED.shape, generator=torch.Generator().manual_seed(3)).to(emb_ED.dtype)
+    (emb_ED * upstream_ED).sum().backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(got: dict[str, torch.Tensor | None], want: dict[str, torch.Tensor | None], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        grad = got[name]
+        assert grad is not None and expected is not None, name
+        # A gradient that is zero in exact arithmetic (a key's bias cancels in the softmax) has no scale of its own.
+        scale = max(float(expected.norm()), 1e-6)
+        assert float((grad - expected).norm()) <= tolerance * scale, name
+
+
+def mixed_pack(kind: str = "qwen2_vl") -> PackedBatch:
+    dialogues, histories = PACKS["mixed"]
+    several = PACKS["several_pictures"][0][0]
+    return pack([*dialogues, several], [*histories, False], kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_sdpa_equal_those_of_the_dense_twin(kind: str) -> None:
+    batch = mixed_pack(kind)
+    twins = (new_embedder(kind, attention=name, dtype=torch.float64) for name in ("sdpa", "dense"))
+    got, want = (gradients(model, batch) for model in twins)
+    assert sum(float(grad.norm()) > 1e-3 for grad in want.values() if grad is not None) > len(want) // 2
+    assert_same(got, want, 2e-6)  # not 1e-12: the stock RMSNorm and rotary tables compute in float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
+    model = new_embedder(kind).train()
+    batch = mixed_pack(kind)
+    want = gradients(model, batch)
+    calls = []
+    model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.model.activation_checkpointing_enable()
+    got = gradients(model, batch)
+    assert len(calls) == 2  # else nothing was recomputed
+    assert_same(got, want, 1e-5)
+
+
+def test_frozen_vision_gets_no_gradient_and_changes_no_other() -> None:
+    batch = mixed_pack()
+    free = gradients(new_embedder(), batch)
+    frozen = gradients(new_embedder(freeze_vision=True), batch)
+    tower = {name for name in free if ".visual." in name}
+    assert tower and all(frozen[name] is None and free[name] is not None for name in tower)
+    text = free.keys() - tower
+    assert_same({n: frozen[n] for n in text}, {n: free[n] for n in text}, 1e-6)
+
+
+@pytest.mark.parametrize("freeze_vision", [False, True])
+@pytest.mark.parametrize("dialogues", [[TEXT, MULTI_TEXT], [ONE, *PACKS["several_pictures"][0]]])
+def test_vision_tower_runs_once_whatever_the_pack_holds(dialogues: list[Dialogue], freeze_vision: bool) -> None:
+    model = new_embedder(freeze_vision=freeze_vision)
+    calls = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    model(pack(dialogues, False))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pack_without_pictures_gives_the_tower_zero_gradients_and_no_influence(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_embedder(kind)
+    batch = pack([TEXT, MULTI_TEXT], False, kind)
+    assert not batch.has_images
+    got = gradients(model, batch)
+    for name, grad in got.items():
+        assert grad is not None, f"{name}: None would leave this rank out of a gradient reduction"
+        assert (".visual." in name) == (not grad.any()), name
+    emb_ED = model(batch)
+    monkeypatch.setattr(model, "_with_images", lambda inputs_1TD, _: inputs_1TD)
+    assert torch.equal(emb_ED, model(batch))
+
+
+def test_pooling_outside_a_forward_of_the_embedder_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="emb_index_E"):
+        embedder().model.language_model.norm(torch.zeros(1, 2, 96))

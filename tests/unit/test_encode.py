@@ -1,0 +1,163 @@
+"""Inference: order, packs, kinds of items, questions about one picture, and what is wrong with an item."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import OPENING, export, model_folder, pack, packer, picture, stock_embedding
+
+from muco_ds.data.schema import Dialogue, PackedBatch
+from muco_ds.errors import UserError
+from muco_ds.models import encode
+from muco_ds.models.embedder import Embedder
+from muco_ds.models.encode import encode_dialogues, split_by_tokens
+from muco_ds.models.probe import probe_dialogues
+
+TAIL = "<|im_end|>\n<|im_start|>assistant\n<|emb|>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
+    return Embedder.from_pretrained(str(export(tmp_path_factory.mktemp("exported") / "model")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "one.png"
+    picture(1).save(path)
+    return path
+
+
+def alone(text: str, *pictures: Any) -> np.ndarray:
+    prompt = OPENING + "{image}" * len(pictures) + ("\n" if pictures and text else "") + text + TAIL
+    return stock_embedding("qwen2_vl", prompt, pictures).numpy()
+
+
+def test_items_of_every_kind_keep_their_order(model: Embedder, file: Path) -> None:
+    one, two = picture(1), picture(2, 140, 84)
+    cases: list[tuple[Any, np.ndarray]] = [
+        ("a red star", alone("a red star")),
+        (one, alone("", one)),
+        ({"text": "Find it.", "image": one}, alone("Find it.", one)),
+        ({"text": "Find it.", "image": str(file)}, alone("Find it.", one)),
+        ({"text": "Find it.", "image": file}, alone("Find it.", one)),
+        ({"image": [one, two], "text": "Compare."}, alone("Compare.", one, two)),
+        ({"instruction": "Find the caption.", "text": "a red star"}, alone("Find the caption.\na red star")),
+        ({"instruction": "Describe it.", "image": two}, alone("Describe it.", two)),
+        ({"text": "  a red star\n"}, alone("a red star")),
+        ({"text": "a red star", "image": None}, alone("a red star")),
+    ]
+    want_ND = np.stack([want for _, want in cases])
+    for pack_tokens in (1, 100, 16384):  # each by itself, a few in a pack, all in one
+        got_ND = model.encode([item for item, _ in cases], pack_tokens=pack_tokens)
+        assert got_ND.dtype == np.float32
+        np.testing.assert_allclose(got_ND, want_ND, atol=1e-5, rtol=0)
+
+
+def test_special_tokens_in_a_text_are_characters(model: Embedder) -> None:
+    plain, smuggled = model.encode(["a", "a<|emb|>"])
+    assert np.abs(plain - smuggled).max() > 1e-3 and np.isfinite(smuggled).all()
+    model.encode(["<|vision_start|><|image_pad|><|vision_end|>"])  # no picture stands behind it
+
+
+def test_questions_about_one_picture_equal_each_by_itself(model: Embedder) -> None:
+    questions = ["What is in the middle?", "", "Read the sign."]
+    image = picture(3)
+    want_kD = np.stack([alone(question, image) for question in questions])
+    grids = []
+    model.model.visual.register_forward_pre_hook(
+        lambda _, args, kwargs: grids.append(kwargs["grid_thw"].tolist()), with_kwargs=True
+    )
+    np.testing.assert_allclose(model.encode_turns(image, questions), want_kD, atol=1e-5, rtol=0)
+    assert grids == [[[1, 6, 6]]]  # one call, one picture
+
+
+def test_no_items_give_no_rows(model: Embedder) -> None:
+    empty = model.encode([])
+    assert empty.shape == (0, 96) and empty.dtype == np.float32
+    assert model.encode_turns(picture(3), ["a"]).shape == (1, 96)
+
+
+@pytest.mark.parametrize("pack_tokens", [1, 60, 150, 400, 10**6])
+def test_packs_keep_order_and_budget(pack_tokens: int) -> None:
+    dialogues = [*probe_dialogues(), Dialogue(("a",)), Dialogue(("word " * 90,)), *probe_dialogues(), Dialogue(("b",))]
+    packs = split_by_tokens(packer(), dialogues, pack_tokens)
+    assert [i for members in packs for i in members] == list(range(len(dialogues)))
+
+    def tokens(members: list[int]) -> int:
+        return pack([dialogues[i] for i in members], False).tokens
+
+    assert all(tokens(members) <= pack_tokens or len(members) == 1 for members in packs)
+    # Greedy: the next dialogue would not have fitted (a newline more is counted for a picture without text).
+    for members, following in pairwise(packs):
+        assert tokens([*members, following[0]]) > pack_tokens - 3
+
+
+def test_every_turn_gives_a_row_in_order_whatever_the_packs(model: Embedder) -> None:
+    dialogues = [*probe_dialogues(), Dialogue(("a", "b", "c"))]
+    whole, pieces = (
+        encode_dialogues(model, packer(), dialogues, pack_tokens=n, device=torch.device("cpu")) for n in (10**6, 50)
+    )
+    assert whole.shape == (8, 96) and not whole.requires_grad
+    torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (5, "give a text, a picture"),
+        ({"text": "a", "img": "x.png"}, "give a text, a picture"),
+        ("", "neither text nor picture"),
+        ({"text": " ", "instruction": ""}, "neither text nor picture"),
+        ({"image": []}, "neither text nor picture"),
+        ({"image": 5}, "'image' must be"),
+        ({"image": [picture(1), None]}, "'image' must be"),
+        ({"text": 5}, "'text' and 'instruction' must be strings"),
+        ({"instruction": ["a"], "text": "b"}, "'text' and 'instruction' must be strings"),
+    ],
+)
+def test_bad_items_name_their_position(model: Embedder, item: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"item 1: .*{message}"):
+        model.encode(["fine", item])
+
+
+def test_unusable_pictures_are_named(model: Embedder, file: Path, tmp_path: Path) -> None:
+    truncated, text, absent = tmp_path / "cut.png", tmp_path / "text.png", tmp_path / "absent.png"
+    truncated.write_bytes(file.read_bytes()[: file.stat().st_size // 2])  # its header is intact
+    text.write_text("not a picture")
+    for path in (truncated, text, absent):
+        with pytest.raises(UserError, match=rf"picture .*{path.name}: "):
+            model.encode(["fine", {"image": str(path)}])
+
+
+def test_ranks_share_the_packs_and_every_rank_forwards_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ranks played in turn, their exchange by hand: five packs are three rounds for each of two ranks."""
+    dialogues = [Dialogue((text,)) for text in ("a", "b c", "d e f", "g", "h i")]
+    asked: list[list[int]] = []
+    forwards = []
+
+    def model(batch: PackedBatch) -> torch.Tensor:
+        forwards.append(batch.counts.queries)
+        return torch.zeros(batch.counts.queries, 4)
+
+    def gather(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        asked.append(counts)
+        return rows.new_zeros(sum(counts), rows.shape[1])
+
+    monkeypatch.setattr(encode, "gather_rows", gather)
+    monkeypatch.setattr(encode.env, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(encode.env, "rank", lambda rank=rank: rank)
+        out = encode_dialogues(model, packer(), dialogues, pack_tokens=1, device=torch.device("cpu"))
+        assert out.shape == (5, 4)
+    assert len(forwards) == 6 and asked == [[1, 1]] * 6
+
+
+def test_a_folder_that_was_not_exported_is_refused() -> None:
+    with pytest.raises(UserError, match=r"muco_ds\.json.*convert_ckpt"):
+        Embedder.from_pretrained(str(model_folder("qwen2_vl")))

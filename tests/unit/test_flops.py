@@ -1,0 +1,110 @@
+"""FLOPs against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from demo import Demo
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLModel
+
+from muco_ds.flops import FlopsModel, peak_flops
+
+VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
+
+
+def released(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> FlopsModel:
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+    }
+    config = Qwen2VLConfig(text_config=text, vision_config={**VISION, "hidden_size": hidden})
+    return FlopsModel.from_config(config, train_vision=False)
+
+
+def test_the_tiny_model_by_hand(demo: Demo) -> None:
+    flops = demo.flops()
+    # Text: 3 layers, hidden 96, 4 query and 2 key/value heads of 24, intermediate 256.
+    assert flops.per_token == 2 * 3 * (96 * 96 * 2 + 96 * 48 * 2 + 3 * 96 * 256)
+    assert flops.per_token_pair == 3 * 4 * 96
+    # Vision: 3 layers of width 64 with a fourfold MLP; patches of 3 x 2 x 14 x 14; merger 256 -> 256 -> 96 per four.
+    assert flops.per_patch == 2 * (1176 * 64 + 3 * (4 * 64**2 + 2 * 64 * 256) + (256 * 256 + 256 * 96) / 4)
+    assert flops.per_patch_pair == 3 * 4 * 64
+
+
+def test_the_tiny_model_counts_every_weight_matrix(demo: Demo) -> None:
+    """Two FLOPs per weight: an oracle that reads the model instead of its configuration."""
+    model = Qwen2VLModel(AutoConfig.from_pretrained(demo.model))
+
+    def weights(prefix: str) -> int:
+        return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefix) and p.ndim > 1)
+
+    flops = demo.flops()
+    assert flops.per_token == 2 * weights("language_model.layers")
+    merger = weights("visual.merger")
+    assert flops.per_patch == 2 * (weights("visual.") - merger + merger / 4)
+
+
+@pytest.mark.parametrize(
+    "shape, billions",
+    [((1536, 28, 12, 2, 8960), 1.31), ((3584, 28, 28, 4, 18944), 6.53)],
+    ids=["2B", "7B"],
+)
+def test_released_sizes(shape: tuple[int, int, int, int, int], billions: float) -> None:
+    flops = released(*shape)
+    assert flops.per_token / 2 == pytest.approx(billions * 1e9, rel=0.005)
+    assert flops.per_token_pair == 4 * shape[0] * 28
+    patches = 4 * 1280  # a picture of 1280 tokens: 6.4 TFLOP in the vision tower's matrices, 4.3 in its attention
+    linear = flops.per_patch - 2 * ((5120**2 + 5120 * shape[0]) / 4)  # without the merger
+    assert linear * patches == pytest.approx(6.4e12, rel=0.01)
+    assert flops.per_patch_pair * patches**2 == pytest.approx(4.3e12, rel=0.01)
+
+
+def test_windows_make_most_layers_linear() -> None:
+    text = {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "intermediate_size": 11008}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "out_hidden_size": 2048,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    flops = FlopsModel.from_config(Qwen2_5_VLConfig(text_config=text, vision_config=vision), train_vision=False)
+    assert flops.per_patch_pair == 4 * 1280 * 4
+    attention_in_windows = 28 * 4 * 1280 * 64
+    layers = 32 * (4 * 1280**2 + 3 * 1280 * 3420)
+    assert flops.per_patch == 2 * (1176 * 1280 + layers + (5120**2 + 5120 * 2048) / 4) + attention_in_windows
+
+
+def test_training_counts_a_backward_only_where_there_is_one() -> None:
+    flops = FlopsModel(per_token=5, per_token_pair=3, per_patch=7, per_patch_pair=2, train_vision=True)
+    assert flops.training(10, 100, 20, 400) == 3 * (50 + 300) + 3 * (140 + 800)
+    frozen = FlopsModel(per_token=5, per_token_pair=3, per_patch=7, per_patch_pair=2, train_vision=False)
+    assert frozen.training(10, 100, 20, 400) == 3 * (50 + 300) + (140 + 800)
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_by_device_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_a_cpu_has_no_peak() -> None:
+    assert peak_flops(torch.device("cpu")) is None

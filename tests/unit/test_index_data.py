@@ -1,0 +1,81 @@
+"""tools/index_data.py as a user runs it: the report, the bad rows, and an index that the training run finds."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_mixed, write_picture
+
+from muco_ds.config_cli import load_config
+from muco_ds.data import index as index_module
+
+ROOT = Path(__file__).parents[2]
+
+
+TOOL = ROOT / "tools" / "index_data.py"
+
+
+def run_tool(*args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, TOOL, *args], env=env, capture_output=True, text=True, timeout=120)
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    """As `run_tool`, without the seconds that imports take."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
+
+
+def test_report_and_index(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet, images = write_mixed(tmp_path)
+    (images / "3.png").unlink()
+    recipe = tmp_path / "recipe.yaml"
+    data = {"train": str(parquet), "images": str(images), "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    sections = {"run": {"name": "x", "max_steps": 1}, "model": {"path": str(demo.model)}, "data": data}
+    recipe.write_text(yaml.safe_dump({**sections, "optim": {"warmup_steps": 0}}))
+
+    done = run_tool("--config", str(recipe), "--processes", "2", "--batch.pack_tokens", "150")
+    assert done.returncode == 0, done.stderr
+    assert "indexing" in done.stderr and "40/40" in done.stderr  # the progress bar
+    config = load_config(recipe)
+
+    def must_not_build(*_: object) -> None:
+        pytest.fail("the training run builds the index again")
+
+    from muco_ds.build import open_rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "_build", must_not_build)
+        reader, index = open_rows(config, demo.packer(), config.data.train, "data.train")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert index.bad_rows > 0 and lines["rows"] == f"rows      40, usable {len(index)}, bad {index.bad_rows}"
+    assert len(reader) == 40 and done.stdout.count("3.png: no such file") == min(index.bad_rows, 5)
+    assert str(index.folder / "bad_rows.jsonl") in done.stdout
+    turns_S = [len(reader.record(int(row)).turns) for row in index.samples["row"]]
+    assert lines["turns"].endswith(f"min 1, mean {np.mean(turns_S):.1f}, max 5")
+    assert f"max {index.samples['patches'].max()}" in lines["patches"] and "p95" in lines["tokens"]
+    assert "does not fit batch.pack_tokens=150: raise it" in lines["longest"]
+
+    write_picture(images / "3.png", 60, 60)
+    capsys.readouterr()
+    assert run_here(monkeypatch, "--config", str(recipe)) == 0
+    assert f"usable {len(index)}," in capsys.readouterr().out  # a mended picture is not noticed by itself
+    assert run_here(monkeypatch, "--config", str(recipe), "--rebuild") == 0
+    again = capsys.readouterr().out
+    assert "usable 40, bad 0" in again and "fits batch.pack_tokens=16384" in again
+
+    assert run_here(monkeypatch, "--config", str(recipe), "--data.train", str(tmp_path / "absent.parquet")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.train: no such file") and error.count("\n") == 1

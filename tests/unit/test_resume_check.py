@@ -1,0 +1,97 @@
+"""A resumed run is the run that was saved: each key of the configuration may change, or is refused by its name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muco_ds.checkpoint import MANIFEST
+from muco_ds.config import DataOptions, ModelOptions, RunConfig, RunOptions
+from muco_ds.errors import UserError
+from muco_ds.resume import MAY_CHANGE, check_same_run
+
+CONFIG = asdict(
+    RunConfig(
+        run=RunOptions(name="r", max_steps=10),
+        model=ModelOptions(path="demo/model"),
+        data=DataOptions(train="train.parquet", images="images"),
+    )
+)
+
+# Written out, not taken from MAY_CHANGE: a key that is added to the configuration must be put in one of the two.
+FREE = {
+    *("run.dir", "run.max_steps", "run.epochs", "model.attention", "model.activation_checkpointing"),
+    *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
+    *("validation.every", "validation.rows", "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "log.every"),
+}
+BOUND = {
+    *("run.name", "run.seed", "run.precision", "model.path", "model.pool_token", "model.freeze_vision"),
+    *("task.name", "task.query_history", "task.target_history"),
+    *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images"),
+    *("optim.lr", "optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
+    *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
+    *("loss.mask_same_target", "deepspeed"),
+}
+
+
+def keys() -> list[str]:
+    return [f"{s}.{k}" for s, tree in CONFIG.items() if isinstance(tree, dict) for k in tree] + ["deepspeed"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "step_0000010"
+    path.mkdir()
+    meta = json.dumps({"config": CONFIG, "world_size": 1})
+    (path / "meta.json").write_text(meta)
+    (path / MANIFEST).write_text(json.dumps({"files": {"meta.json": len(meta)}}))
+    return path
+
+
+def changed(key: str) -> tuple[dict[str, Any], Any]:
+    config = copy.deepcopy(CONFIG)
+    section, _, name = key.rpartition(".")
+    tree = config[section] if section else config
+    old = tree[name]
+    if isinstance(old, bool):
+        tree[name] = not old
+    elif isinstance(old, str):
+        tree[name] = f"{old}x"
+    else:
+        tree[name] = (old or 6) + 1
+    return config, tree[name]
+
+
+def test_the_same_configuration_is_the_same_run(saved: Path) -> None:
+    check_same_run(saved, copy.deepcopy(CONFIG))
+
+
+@pytest.mark.parametrize("key", keys())
+def test_each_key_may_change_or_is_refused_by_name(saved: Path, key: str) -> None:
+    assert (key in FREE) != (key in BOUND), f"decide whether {key} may change between a run and its continuation"
+    config, value = changed(key)
+    if key in FREE:
+        check_same_run(saved, config)
+        return
+    with pytest.raises(UserError) as error:
+        check_same_run(saved, config)
+    message = str(error.value)
+    assert message.startswith(f"{key}={value} ") and str(saved) in message and "run.name" in message
+
+
+def test_lists_hold_nothing_that_is_gone() -> None:
+    assert set(keys()) == FREE | BOUND
+    sections = {key.partition(".")[0] for key in keys()}
+    assert all(key in keys() or key in sections for key in MAY_CHANGE)
+
+
+def test_a_key_that_the_saved_run_did_not_know_is_refused(saved: Path) -> None:
+    config = copy.deepcopy(CONFIG)
+    config["loss"]["new_weight"] = 0.5
+    with pytest.raises(UserError, match=r"loss\.new_weight=0\.5"):
+        check_same_run(saved, config)

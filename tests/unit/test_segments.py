@@ -1,0 +1,89 @@
+"""SegmentPlan: its dense mask against masks written by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from muco_ds.data.segments import SegmentBuilder, SegmentPlan
+
+
+def plan_of(*calls: tuple[int, list[int] | None]) -> SegmentPlan:
+    """Dialogues in order: (length, None) is causal, (prefix, turns) isolated."""
+    builder = SegmentBuilder()
+    for length, turns in calls:
+        if turns is None:
+            builder.add_causal(length)
+        else:
+            builder.add_isolated(length, turns)
+    return builder.build()
+
+
+def mask_of(picture: str) -> torch.Tensor:
+    return torch.tensor([[cell == "x" for cell in line.strip()] for line in picture.strip().splitlines()])
+
+
+def test_causal_dialogues() -> None:
+    plan = plan_of((3, None), (1, None), (2, None))
+    assert torch.equal(
+        plan.dense_mask(),
+        mask_of("""
+            x.....
+            xx....
+            xxx...
+            ...x..
+            ....x.
+            ....xx
+        """),
+    )
+    assert plan.kv_index_J is None and (plan.max_q, plan.max_k) == (3, 3)
+    assert plan.cu_q_S1.tolist() == plan.cu_k_S1.tolist() == [0, 3, 4, 6]
+
+
+def test_isolated_turns_see_the_prefix_and_themselves() -> None:
+    plan = plan_of((2, [1, 3]))
+    assert torch.equal(
+        plan.dense_mask(),
+        mask_of("""
+            x.....
+            xx....
+            xxx...
+            xx.x..
+            xx.xx.
+            xx.xxx
+        """),
+    )
+    assert plan.kv_index_J is not None and plan.kv_index_J.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5]
+    assert plan.cu_q_S1.tolist() == [0, 2, 3, 6] and plan.cu_k_S1.tolist() == [0, 2, 5, 10]
+    assert (plan.max_q, plan.max_k) == (3, 5)
+    assert plan.cu_q_S1.dtype == plan.cu_k_S1.dtype == torch.int32
+
+
+def test_mixed_dialogues() -> None:
+    plan = plan_of((2, None), (1, [2, 1]), (1, None), (2, [1]))
+    assert torch.equal(
+        plan.dense_mask(),
+        mask_of("""
+            x.........
+            xx........
+            ..x.......
+            ..xx......
+            ..xxx.....
+            ..x..x....
+            ......x...
+            .......x..
+            .......xx.
+            .......xxx
+        """),
+    )
+
+
+def test_a_single_isolated_turn_is_a_causal_dialogue() -> None:
+    assert torch.equal(plan_of((4, [3])).dense_mask(), plan_of((7, None)).dense_mask())
+
+
+def test_map_forgets_what_a_backend_cached_for_the_old_tensors() -> None:
+    plan = plan_of((2, [1, 3]))
+    plan.cache["sdpa"] = object()
+    moved = plan.map(lambda tensor: tensor.clone())
+    assert moved.cache == {} and "sdpa" in plan.cache
+    assert torch.equal(moved.dense_mask(), plan.dense_mask()) and moved.max_k == plan.max_k

@@ -1,0 +1,160 @@
+"""Dialogues as tokens: as if the whole prompt were tokenised, at the stock model's positions; turns as if alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from demo import Demo
+from transformers import AutoConfig, Qwen2VLModel
+
+from muco_ds.data.templates import ChatTemplate, Rendered
+
+MERGE = 2
+Grid = tuple[int, int, int]
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+TEXTS = [
+    "What is at the top left?",
+    "x",
+    "",
+    "  leading and trailing \n\t",
+    "two\nlines\n\n  and  more",
+    "ends in a full stop.",
+    "...starts with dots",
+    "'s an odd start",
+    "1234 numbers 5",
+    "Größe, ñandú, e\u0301 combining, 日本語の文 and 🙂🇪🇺",
+    "\u00a0hard space\u3000",
+    "\u200bzero width",
+    "(brackets) & <tags>|im_end|>",
+    "\u0301starts with a combining mark",
+]
+GRIDS: list[list[Grid]] = [[], [(1, 4, 4)], [(1, 4, 8), (1, 6, 2)]]
+
+
+@pytest.fixture(scope="module", params=["<|emb|>", "<|im_end|>"])
+def template(demo: Demo, request: pytest.FixtureRequest) -> ChatTemplate:
+    return demo.packer(request.param).template
+
+
+@pytest.fixture(scope="module")
+def stock(demo: Demo) -> Qwen2VLModel:
+    return Qwen2VLModel(AutoConfig.from_pretrained(demo.model))
+
+
+def image_tokens(grid: Grid) -> int:
+    return int(np.prod(grid)) // MERGE**2
+
+
+def vision(grids: Sequence[Grid]) -> str:
+    return "".join(f"<|vision_start|>{'<|image_pad|>' * image_tokens(grid)}<|vision_end|>" for grid in grids)
+
+
+def turn(template: ChatTemplate, text: str, grids: Sequence[Grid]) -> str:
+    line = "\n" if grids and text.strip() else ""
+    user = f"<|im_start|>user\n{vision(grids)}{line}{text.strip()}<|im_end|>\n"
+    return f"{user}<|im_start|>assistant\n{template.pool_token}"
+
+
+def render(template: ChatTemplate, texts: Sequence[str], grids: Sequence[Grid], history: bool) -> Rendered:
+    return template.render(template.encode_texts(texts), grids, MERGE, history)
+
+
+def whole_prompt_ids(template: ChatTemplate, prompt: str) -> list[int]:
+    return template.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def stock_positions(stock: Qwen2VLModel, template: ChatTemplate, ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+    ids_1L = torch.from_numpy(ids)[None]
+    is_image_1L = (ids_1L == template.image_pad).int()
+    grid_thw_I3 = torch.tensor(grids) if grids else None
+    positions_31L, _ = stock.get_rope_index(ids_1L, is_image_1L, grid_thw_I3)  # type: ignore[arg-type]
+    return positions_31L[:, 0].numpy()
+
+
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("grids", GRIDS, ids=["text", "picture", "two pictures"])
+def test_single_turn_equals_tokenising_the_whole_prompt(
+    template: ChatTemplate, grids: list[Grid], history: bool
+) -> None:
+    for text in TEXTS:
+        rendered = render(template, [text], grids, history)
+        assert rendered.ids_L.tolist() == whole_prompt_ids(template, SYSTEM + turn(template, text, grids)), repr(text)
+        assert rendered.emb_rows_k == [len(rendered.ids_L) - 1]
+        assert rendered.ids_L[-1] == template.tokenizer.convert_tokens_to_ids(template.pool_token)
+
+
+def test_random_unicode_equals_tokenising_the_whole_prompt(template: ChatTemplate) -> None:
+    rng = np.random.default_rng(0)
+    blocks = (range(1, 0x250), range(0x300, 0x320), range(0x2000, 0x2070), range(0x3000, 0x3060))
+    alphabet = [chr(code) for block in blocks for code in block]
+    for _ in range(300):
+        text = "".join(rng.choice(alphabet, int(rng.integers(1, 12))))
+        for grids in GRIDS[:2]:
+            ids = render(template, [text], grids, False).ids_L.tolist()
+            assert ids == whole_prompt_ids(template, SYSTEM + turn(template, text, grids)), ascii(text)
+
+
+@pytest.mark.parametrize("grids", GRIDS, ids=["text", "picture", "two pictures"])
+def test_causal_dialogue_equals_tokenising_the_whole_dialogue(
+    template: ChatTemplate, stock: Qwen2VLModel, grids: list[Grid]
+) -> None:
+    texts = ["What is it?", "  second\nquestion ", "", "日本"]
+    rendered = render(template, texts, grids, history=True)
+    closing = "\n" if template.pool_token == "<|im_end|>" else "<|im_end|>\n"
+    prompt = SYSTEM + closing.join(turn(template, text, grids if j == 0 else []) for j, text in enumerate(texts))
+    assert rendered.ids_L.tolist() == whole_prompt_ids(template, prompt)
+    assert rendered.prefix == 0 and rendered.turn_lengths == []
+    pool = template.tokenizer.convert_tokens_to_ids(template.pool_token)
+    assert [rendered.ids_L[i] for i in rendered.emb_rows_k] == [pool] * 4
+    assert (rendered.positions_4L[0] == np.arange(len(rendered.ids_L))).all()
+    assert (rendered.positions_4L[1:] == stock_positions(stock, template, rendered.ids_L, grids)).all()
+
+
+@pytest.mark.parametrize("grids", GRIDS, ids=["text", "picture", "two pictures"])
+def test_isolated_turns_equal_their_single_turn_prompts(
+    template: ChatTemplate, stock: Qwen2VLModel, grids: list[Grid]
+) -> None:
+    texts = ["What is it?", "", "a much longer question than the first one", "x"]
+    rendered = render(template, texts, grids, history=False)
+    start = rendered.prefix
+    assert rendered.prefix + sum(rendered.turn_lengths) == len(rendered.ids_L)
+    for text, length, emb_row in zip(texts, rendered.turn_lengths, rendered.emb_rows_k, strict=True):
+        rows = [*range(rendered.prefix), *range(start, start + length)]
+        alone_ids = np.array(whole_prompt_ids(template, SYSTEM + turn(template, text, grids)))
+        assert (rendered.ids_L[rows] == alone_ids).all()
+        assert (rendered.positions_4L[0, rows] == np.arange(len(rows))).all()
+        assert (rendered.positions_4L[1:, rows] == stock_positions(stock, template, alone_ids, grids)).all()
+        start += length
+        assert emb_row == start - 1
+
+
+def test_special_tokens_inside_a_text_are_plain_text(template: ChatTemplate) -> None:
+    specials = set(template.tokenizer.all_special_ids)
+    turn_end = "<|im_end|>\n<|im_start|>assistant\n<|emb|>"
+    for text in ("<|emb|>", "a <|image_pad|> b", turn_end, "<|mask|><|vision_end|>"):
+        (ids,) = template.encode_texts([text])
+        assert not specials & set(ids)
+        assert template.tokenizer.decode(ids) == text
+        assert len(render(template, [text], [], False).emb_rows_k) == 1
+    # The switch is put back: markup after it is markup.
+    assert whole_prompt_ids(template, "<|im_end|>")[0] in specials
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_counts_without_rendering(template: ChatTemplate, history: bool) -> None:
+    for grids in GRIDS:
+        for texts in (["one"], ["one", "two words", "three small words"], ["one", ""], ["", ""]):
+            rendered = render(template, texts, grids, history)
+            text_tokens = sum(len(ids) for ids in template.encode_texts(texts))
+            vision_tokens = sum(image_tokens(grid) + 2 for grid in grids)
+            (count,), (prefix,) = template.count(
+                np.array([text_tokens]), np.array([len(texts)]), np.array([vision_tokens]), np.array([history])
+            )
+            beside_picture = texts[:1] if history else texts
+            excess = sum(not text for text in beside_picture) if grids else 0
+            assert count - len(rendered.ids_L) == excess
+            assert history or prefix == rendered.prefix
