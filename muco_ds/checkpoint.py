@@ -77,11 +77,11 @@ class Checkpoints:
         _fsync(pointer)
         os.replace(pointer, self.folder / "latest")
         _fsync(self.folder)
-        for old in self.complete()[self.keep :]:
+        for old in self.complete(warn=False)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def complete(self) -> list[Path]:
-        """Complete checkpoints, newest first. Ones with a missing or shortened file are named and passed over."""
+    def complete(self, *, warn: bool = True) -> list[Path]:
+        """Complete checkpoints, newest first. Ones with a missing or shortened file are passed over, and named."""
         found = []
         for path in sorted(self.folder.glob("step_*"), reverse=True):
             if path.suffix == ".tmp":
@@ -89,7 +89,7 @@ class Checkpoints:
             problem = incomplete(path)
             if problem is None:
                 found.append(path)
-            elif env.is_main():
+            elif warn and env.is_main():
                 log.warning("%s is not complete (%s): passed over", path, problem)
         return found
 

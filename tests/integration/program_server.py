@@ -2,8 +2,9 @@
 
 One JSON request a line on stdin: {"argv": [program, ...], "ranks": n or null, "env": {...}, "cwd": ..., "folder": ...};
 the answer is the process id of the job. A job is a process group of its own: a parent and one process a rank (null: one
-process that no launcher describes), each of which runs the file as `__main__`. Outputs go to FOLDER/{stdout,stderr}.RANK
-and the exit statuses, in rank order, to FOLDER/status.json once every rank has ended.
+process that no launcher describes), each of which runs the file as `__main__`, "{rank}" in an argument replaced.
+Outputs go to FOLDER/{stdout,stderr}.RANK, process ids to FOLDER/pid.RANK, and the exit statuses, in rank order, to
+FOLDER/status.json once every rank has ended.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _rank(request: dict[str, Any], rank: int) -> None:
     os.dup2(null, 0)
     if request["ranks"]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]))
-    sys.argv = list(request["argv"])
+    sys.argv = [argument.replace("{rank}", str(rank)) for argument in request["argv"]]
     runpy.run_path(sys.argv[0], run_name="__main__")  # its sys.exit ends this process in the ordinary way
 
 

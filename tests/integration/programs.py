@@ -142,6 +142,14 @@ class Programs:
         return self._server.stdout.readline().strip()
 
 
+def refusal(result: Result) -> str:
+    """The `error: ...` line of a program that a UserError ended: said once, status 2 everywhere, and no traceback."""
+    assert result.codes == [2] * len(result.codes), f"exit status {result.codes}\n{result.output[-3000:]}"
+    lines = [line for stream in result.stderr for line in stream.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output, result.output[-3000:]
+    return lines[0]
+
+
 @dataclass(frozen=True)
 class Demo:
     """A small demo's folder and the recipe that fits it."""

@@ -13,6 +13,7 @@ import torch
 from tiny_models import KINDS, POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue
 
 from muco_ds.data.schema import Dialogue, PackedBatch
+from muco_ds.models.attention import segment_attention
 from muco_ds.models.embedder import Embedder
 
 ONE = Dialogue(("What is in the top left corner?",), (picture(1),))
@@ -138,6 +139,17 @@ def swapped(text: str, change: bool) -> str:
     return other
 
 
+@pytest.mark.parametrize("history", [False, True])
+def test_no_leak_of_nan_from_a_padded_neighbour(history: bool) -> None:
+    """Padding of grouped segments must repeat the segment's own rows: a masked NaN is still a NaN in a softmax."""
+    plan = pack([TEXT, MULTI_TEXT, ONE], history).segments
+    first = int(plan.cu_q_S1[1 if history else 2])  # rows of the first dialogue
+    q, k, v = (torch.randn(int(plan.cu_q_S1[-1]), heads, 8) for heads in (4, 2, 2))
+    k[first:], v[first:] = float("nan"), float("nan")
+    out = segment_attention(q, k, v, plan, 8**-0.5, "sdpa")
+    assert out[:first].isfinite().all() and out[first:].isnan().all()
+
+
 # ---- gradients
 
 
@@ -190,7 +202,9 @@ def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
 def test_frozen_vision_gets_no_gradient_and_changes_no_other() -> None:
     batch = mixed_pack()
     free = gradients(new_embedder(), batch)
-    frozen = gradients(new_embedder(freeze_vision=True), batch)
+    model = new_embedder(freeze_vision=True)
+    assert not any(parameter.requires_grad for parameter in model.model.visual.parameters())
+    frozen = gradients(model, batch)
     tower = {name for name in free if ".visual." in name}
     assert tower and all(frozen[name] is None and free[name] is not None for name in tower)
     text = free.keys() - tower

@@ -141,7 +141,7 @@ def test_tokens_decide_where_cost_would_need_more_packs(big: Rows) -> None:
     index = synthetic_index(8)
     index.samples["query_image_tokens"], index.samples["query_images"] = 0, 0
     index.samples["patches"], index.samples["patches_squared"] = 0, 0
-    index.samples["patches"][:2], index.samples["patches_squared"][:2] = 10**5, 10**10
+    index.samples["patches"][0], index.samples["patches_squared"][0] = 10**5, 10**10
     rows = dataclasses.replace(big, index=index)
     total = rows.plan(2, images=8, pack_tokens=100_000).step(0).tokens
     step = rows.plan(2, images=8, pack_tokens=int(total * 0.62)).step(0)

@@ -1,0 +1,51 @@
+"""Whatever is shipped to be started from runs: every recipe and every DeepSpeed JSON takes two steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from programs import REPOSITORY, TRAIN, Demo, Programs, losses
+
+from muco_ds.config_cli import load_config
+
+RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+JSONS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def small(demo: Demo, out: Path) -> dict[str, object]:
+    """Only paths, sizes and numbers of steps; what the recipe is about stays as it is."""
+    return {
+        **{"run.name": "run", "run.dir": out, "run.max_steps": 2, "optim.warmup_steps": 1, "log.every": 1},
+        **{"model.path": demo.model, "data.train": demo.data / "train.parquet", "data.images": demo.data / "images"},
+        **{"data.val": demo.data / "test.parquet", "data.workers": 1, "validation.rows": 2},
+        **{"data.short_side": "null", "data.min_pixels": 3136, "data.max_pixels": 7056},
+        **{"batch.images": 8, "batch.pack_tokens": 4096},
+    }
+
+
+def check(out: Path) -> None:
+    assert list(losses(out)) == [1, 2] and all(math.isfinite(loss) for loss in losses(out).values())
+    assert (out / "run" / "checkpoints" / "step_0000002" / "manifest.json").is_file()
+
+
+def test_recipes_are_found() -> None:
+    assert {"demo.yaml", "qwen2vl_2b.yaml"} <= {path.name for path in RECIPES} and len(JSONS) >= 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_runs_two_steps(recipe: Path, demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    load_config(recipe)
+    argv = [TRAIN, "--config", recipe]
+    for key, value in small(demo, tmp_path).items():
+        argv += [f"--{key}", str(value)]
+    programs.run(argv).check()
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+def test_deepspeed_json_runs_two_steps(path: Path, demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    overrides = {"run.max_steps": 2, "deepspeed": f"ds_configs/{path.name}", "run.precision": "bf16"}
+    programs.run(demo.train(tmp_path, overrides), ranks=2).check()
+    check(tmp_path)
