@@ -19,6 +19,7 @@ from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import Record
 from muco_ds.distributed import env
 from muco_ds.ds_config import build_deepspeed_config
+from muco_ds.errors import UserError
 from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import load_backbone, load_config
 from muco_ds.models.embedder import Embedder
@@ -116,6 +117,11 @@ def build_engine(config: RunConfig, processing: Processing, device: torch.device
         ds_config = build_deepspeed_config(config, env.world_size())
     # transformers builds the model partitioned as long as such an object is alive.
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0 and config.run.precision == "bf16":
+        raise UserError(
+            f"{config.deepspeed}: ZeRO stage 0 with run.precision=bf16 would keep no fp32 master weights: "
+            "use stage 1 or higher, or run.precision=fp32"
+        )
     partitioned = HfDeepSpeedConfig(ds_config) if stage == 3 else None
     model = load_backbone(
         config.model.path,

@@ -31,8 +31,8 @@ class UserError(ValueError):
 def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError into `error: ...` on stderr and exit status 2, in one voice. A context manager and a decorator.
 
-    Rank 0 speaks at once. Another rank speaks only where rank 0 may not know: it gives the launcher time to end it, which
-    is what happens where rank 0 met the same mistake, and if it is still there it says the line with its rank.
+    Rank 0 speaks at once. Another rank speaks only where rank 0 may not know: it gives the launcher time to end it,
+    which happens where rank 0 met the same mistake, and if it is still there then it says the line with its rank.
     """
     try:
         yield

@@ -61,7 +61,8 @@ class Trainer:
             save_config(self.config, self.folder / "config.yaml")
             metrics = MetricsWriter(self.folder, self.start_step)
         except OSError as error:
-            raise UserError(f"run.dir: can't write to '{self.folder}' ({error.strerror}): set another folder") from error
+            problem = f"run.dir: can't write to '{self.folder}' ({error.strerror}): set another folder"
+            raise UserError(problem) from error
         metrics.config(asdict(self.config))
         return metrics
 

@@ -52,8 +52,8 @@ def check_one_pack(plan: Plan, step: StepPlan) -> None:
     if max(map(len, step.packs)) > 1:
         need = -(-step.tokens // plan.world_size)
         raise UserError(
-            f"step {step.step}: batch.images={plan.images} needs about {need} tokens on each of {plan.world_size} ranks "
-            f"but batch.pack_tokens={plan.pack_tokens}: raise batch.pack_tokens (a tenth above it leaves room), "
+            f"step {step.step}: batch.images={plan.images} needs about {need} tokens on each of {plan.world_size} "
+            f"ranks but batch.pack_tokens={plan.pack_tokens}: raise batch.pack_tokens (a tenth above it leaves room), "
             "lower batch.images, or use more ranks",
             on_every_rank=True,
         )

@@ -45,8 +45,8 @@ def start() -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank())
-    # DeepSpeed's shared-memory op for CPUs serves inference only, takes a compiler and half a minute, and a process that is
-    # killed while loading it leaves a lock file that every later start waits for, forever.
+    # DeepSpeed's shared-memory op for CPUs serves inference only, takes a compiler and half a minute, and a process
+    # that is killed while loading it leaves a lock file that every later start waits for, forever.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=_TIMEOUT, verbose=False)
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")

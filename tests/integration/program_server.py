@@ -1,4 +1,4 @@
-"""Runs programs in forks of a process that has imported the heavy libraries: a start costs milliseconds, not ten seconds.
+"""Runs programs in forks of a process that has imported the heavy libraries, which saves each start ten seconds.
 
 One JSON request a line on stdin: {"argv": [program, ...], "ranks": n or null, "env": {...}, "cwd": ..., "folder": ...};
 the answer is the process id of the job. A job is a process group of its own: a parent and one process a rank (null: one

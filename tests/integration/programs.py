@@ -1,4 +1,4 @@
-"""Runs the project's programs for tests: in forks of a warm server, or as a user does, always with a hard time limit."""
+"""Runs the project's programs for tests, in forks of a warm server or as a user does, with a hard time limit."""
 
 from __future__ import annotations
 
@@ -93,7 +93,11 @@ class Programs:
         with open(folder / "server.log", "w") as log:
             self._server = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("program_server.py"))],
-                **dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
             )
         if self._answer() != "ready":
             raise AssertionError((folder / "server.log").read_text()[-6000:])
@@ -103,9 +107,7 @@ class Programs:
         self._server.stdin.close()
         self._server.wait(10)
 
-    def start(
-        self, argv: Sequence[str | Path], *, ranks: int | None = None, cwd: Path = REPOSITORY, **env: str
-    ) -> Job:
+    def start(self, argv: Sequence[str | Path], *, ranks: int | None = None, cwd: Path = REPOSITORY, **env: str) -> Job:
         """Start a Python program on `ranks` processes, or without a launcher's variables on one."""
         self._count += 1
         folder = self._folder / f"job{self._count:03d}"

@@ -64,7 +64,7 @@ def run(command: str, copy: Path, programs: Programs) -> None:
     words = shlex.split(cut(command))
     if words[0] == "python":
         programs.run([copy / words[1], *words[2:]], cwd=copy).check()
-    elif words[:2] == ["deepspeed", words[1]] and words[1].endswith(".py"):
+    elif words[0] == "deepspeed" and words[1].endswith(".py"):
         programs.run([copy / words[1], *words[2:]], cwd=copy, ranks=2).check()
     else:
         environment = programs.environment | {"PYTHONPATH": str(copy)}

@@ -37,7 +37,7 @@ def test_recipes_are_found() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses_and_runs_two_steps(recipe: Path, demo: Demo, programs: Programs, tmp_path: Path) -> None:
     load_config(recipe)
-    argv = [TRAIN, "--config", recipe]
+    argv: list[str | Path] = [TRAIN, "--config", recipe]
     for key, value in small(demo, tmp_path).items():
         argv += [f"--{key}", str(value)]
     programs.run(argv).check()
