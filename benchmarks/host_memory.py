@@ -3,8 +3,8 @@
 
     python benchmarks/host_memory.py --model demo/model --rows 10000 100000
 
-Prints one JSON line per size: anonymous memory (not the shared, file-backed pages of mapped files) after opening the data
-set, its index and plan and collating steps, above that of a process that has only imported the program.
+Prints one JSON line per size: anonymous memory (not the shared, file-backed pages of mapped files) after opening the
+data set, its index and plan and collating steps, above that of a process that has only imported the program.
 """
 
 from __future__ import annotations
