@@ -40,6 +40,7 @@ def held_out(args: argparse.Namespace) -> tuple[M3TTask, int]:
 
 @exit_on_user_error()
 def main() -> int:
+    env.adopt_launcher()
     args = arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     device = env.start()

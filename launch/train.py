@@ -22,6 +22,7 @@ from muco_ds.errors import exit_on_user_error
 
 @exit_on_user_error()
 def main() -> int:
+    env.adopt_launcher()
     invocation = parse_args(sys.argv[1:])
     logging.basicConfig(level=logging.INFO if env.is_main() else logging.ERROR, format="%(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -13,7 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from muco_ds.config import RunConfig
 from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.index import Index, Indexer, open_index
-from muco_ds.data.loader import StepDataset, check_one_pack
+from muco_ds.data.loader import StepDataset
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import Record
@@ -32,13 +32,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Data:
-    """The data side of a run. `validation` holds the held-out records, or None."""
+    """The data side of a run."""
 
     processing: Processing
     packer: Packer
     plan: Plan
     collator: Collator
-    validation: list[Record] | None
 
     def steps(self, max_steps: int) -> StepDataset:
         """This rank's batches, by step."""
@@ -68,13 +67,8 @@ def build_data(config: RunConfig) -> Data:
             world_size=env.world_size(),
             **histories,
         )
-    for step in range(
-        min(8, plan.steps_per_epoch)
-    ):  # later steps are like these; better now than after the model is built
-        check_one_pack(plan, plan.step(step))
     collator = Collator(reader, index, packer, seed=config.run.seed, **histories)
-    validation = _validation_records(config, packer) if config.validation.every else None
-    return Data(processing, packer, plan, collator, validation)
+    return Data(processing, packer, plan, collator)
 
 
 def open_rows(config: RunConfig, packer: Packer, pattern: str, key: str) -> tuple[M3TReader, Index]:
@@ -101,9 +95,14 @@ def open_rows(config: RunConfig, packer: Packer, pattern: str, key: str) -> tupl
     return reader, index
 
 
-def _validation_records(config: RunConfig, packer: Packer) -> list[Record]:
+def validation_records(config: RunConfig, packer: Packer) -> list[Record]:
+    """The first usable held-out rows, as many as `validation.rows` says; none if there is no validation."""
+    if not config.validation.every:
+        return []
     assert config.data.val is not None
     reader, index = open_rows(config, packer, config.data.val, "data.val")
+    if len(index) < config.validation.rows and env.is_main():
+        log.warning("validation uses the %d usable rows of data.val", len(index))
     return [reader.record(int(row)) for row in index.samples["row"][: config.validation.rows]]
 
 
@@ -115,13 +114,20 @@ def build_engine(config: RunConfig, processing: Processing, device: torch.device
 
     with env.agreement():
         ds_config = build_deepspeed_config(config, env.world_size())
-    # transformers builds the model partitioned as long as such an object is alive.
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage == 0 and config.run.precision == "bf16":
         raise UserError(
             f"{config.deepspeed}: ZeRO stage 0 with run.precision=bf16 would keep no fp32 master weights: "
-            "use stage 1 or higher, or run.precision=fp32"
+            "use stage 1 or higher, or run.precision=fp32",
+            on_every_rank=True,
         )
+    if config.model.attention in ("flash_attn", "varlen") and (config.run.precision == "fp32" or device.type == "cpu"):
+        raise UserError(
+            f"model.attention={config.model.attention} needs a GPU and bf16, this run has {device.type} and "
+            f"{config.run.precision}: set model.attention=auto",
+            on_every_rank=True,
+        )
+    # transformers builds the model partitioned as long as such an object is alive.
     partitioned = HfDeepSpeedConfig(ds_config) if stage == 3 else None
     model = load_backbone(
         config.model.path,
@@ -131,7 +137,8 @@ def build_engine(config: RunConfig, processing: Processing, device: torch.device
     )
     del partitioned
     if config.model.activation_checkpointing:
-        model.activation_checkpointing_enable()
+        # The name before transformers 5.23, which Python 3.10 is left with, is gradient_checkpointing_enable.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     task = MuCoTask(Embedder(model, freeze_vision=config.model.freeze_vision), config.loss)
     if stage < 3:
         task.to(device)

@@ -54,22 +54,30 @@ class Checkpoints:
                 for stale in self.folder.glob("*.tmp"):
                     shutil.rmtree(stale, ignore_errors=True)
                 work.mkdir()
-        with _agreed(final):
+        try:
             engine.save_checkpoint(str(work), tag=TAG, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            # The others are inside DeepSpeed's collectives, which this rank can't join any more: it leaves, and the
+            # launcher ends the rest.
+            raise _unwritable(final, error) from error
+        files: dict[str, int] = {}
+        with _agreed(final):
             if env.is_main():
                 write_beside(work)
                 (work / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=2))
-            _fsync_own(work)
+            files = _flush_own(work)
+        # Each rank vouches for the files it wrote: what another machine sees on a network disk may be late.
+        written = env.from_all(files)
         with _agreed(final):
             if env.is_main():
-                self._publish(work, final)
+                self._publish(work, final, dict(sorted(item for part in written for item in part.items())))
         return final
 
-    def _publish(self, work: Path, final: Path) -> None:
-        files = {str(path.relative_to(work)): path.stat().st_size for path in sorted(work.rglob("*")) if path.is_file()}
+    def _publish(self, work: Path, final: Path, files: dict[str, int]) -> None:
         (work / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
         _fsync(work / MANIFEST)
-        _fsync(work)
+        for folder in [path for path in work.rglob("*") if path.is_dir()] + [work]:
+            _fsync(folder)
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         pointer = self.folder / "latest.tmpfile"
@@ -136,18 +144,26 @@ def _agreed(final: Path) -> Iterator[None]:
     problem = None
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        problem = f"checkpoint {final}: can't be written ({error}): free space; older ones are intact"
+    except (OSError, RuntimeError) as error:
+        problem = str(_unwritable(final, error))
     env.agree(problem)
 
 
-def _fsync_own(work: Path) -> None:
-    """Flush what this rank wrote: its own shards, and on rank 0 everything that is no other rank's shard."""
+def _unwritable(final: Path, error: Exception) -> UserError:
+    """torch.save reports a full disk as RuntimeError."""
+    return UserError(f"checkpoint {final}: can't be written ({error}): free space; older ones are intact")
+
+
+def _flush_own(work: Path) -> dict[str, int]:
+    """Flush what this rank wrote, and say how large it is: its own shards, on rank 0 also what is nobody's shard."""
+    sizes = {}
     for path in work.rglob("*"):
         shard = path.name.partition("zero_pp_rank_")[2].partition("_")[0]
         owner = int(shard) if shard.isdigit() else 0
         if owner == env.rank() and path.is_file():
             _fsync(path)
+            sizes[str(path.relative_to(work))] = path.stat().st_size
+    return sizes
 
 
 def _fsync(path: Path) -> None:

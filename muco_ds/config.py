@@ -12,7 +12,6 @@ from __future__ import annotations
 import glob
 import math
 import os
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -51,7 +50,7 @@ class ModelOptions:
     """The backbone and how it is run.
 
     Args:
-        path: Folder of a Hugging Face model (Qwen2-VL class), or its name on the hub.
+        path: Folder of a Hugging Face model (Qwen2-VL class).
         pool_token: Token whose last state is the embedding; "<|im_end|>" needs no new token.
         freeze_vision: Keep the vision tower's weights fixed (paper: yes).
         attention: Backend of the packed attention; "auto" takes the fastest that is installed.
@@ -151,7 +150,7 @@ class LossOptions:
         temperature: Divisor of the cosine similarities (paper: 0.02).
         symmetric: Add the loss of targets against queries (paper: off in pre-training).
         mask_same_image: Leave out keys of the query's own image, its positive apart (paper: on).
-        mask_same_target: Leave out keys whose text equals the positive's.
+        mask_same_target: Leave out keys whose text equals the positive's up to case and white space.
     """
 
     temperature: float = 0.02
@@ -313,16 +312,15 @@ def check_paths(config: RunConfig) -> None:
             f"data.images: no such folder '{config.data.images}': "
             "set it to the folder that the rows' image paths are relative to"
         )
-    # Anything of the form owner/name may be a model on the hub; loading it gives the verdict.
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path)
-    if not os.path.isdir(config.model.path) and not is_hub_name:
+    if not os.path.isdir(config.model.path):
         raise UserError(
-            f"model.path: no such folder '{config.model.path}': set it to a model's folder or to its name on the hub"
+            f"model.path: no such folder '{config.model.path}': set it to a model's folder "
+            "(a model of the hub is fetched once with `hf download NAME --local-dir FOLDER`)"
         )
 
 
 def _check_rows(key: str, path: str) -> None:
-    pattern = os.path.join(path, "*.parquet") if os.path.isdir(path) else path
+    pattern = os.path.join(path, "**", "*.parquet") if os.path.isdir(path) else path
     if not (os.path.isfile(path) or glob.glob(pattern, recursive=True)):
         what = "no *.parquet file in folder" if os.path.isdir(path) else "no such file or folder"
         raise UserError(f"{key}: {what} '{path}': set it to a parquet file, a folder of them or a glob pattern")

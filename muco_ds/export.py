@@ -259,6 +259,7 @@ def _verify(folder: Path, checkpoint: Path, meta: dict, dtype: str) -> tuple[flo
         probe_dialogues(),
         pack_tokens=meta["config"]["batch"]["pack_tokens"],
         device=next(embedder.parameters()).device,
+        shared=False,
     )
     trained_ND = load_file(checkpoint / "probe.safetensors")["probe_ND"]
     difference = (probe_ND - trained_ND).norm(dim=-1).max().item()

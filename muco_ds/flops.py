@@ -15,7 +15,9 @@ PEAK_BF16_FLOPS = {
     # Dense bf16 with fp32 accumulation, from NVIDIA's data sheets of each product.
     "A100": 312e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,

@@ -84,17 +84,20 @@ class Meter:
     def _reset(self) -> None:
         self._start = time.perf_counter()
         self._waited = self._flops = 0.0
-        self._pairs = self._tokens = 0
+        self._pairs = self._tokens = self.replaced_images = 0
 
     def add(self, batch: StepBatch, waited: float) -> None:
-        """A step of all ranks together; `waited`: seconds this rank waited for its data."""
+        """A step: the work of all ranks, the pictures that this rank replaced, the seconds it waited for data."""
         self._pairs += sum(rows.queries for rows in batch.rows_per_rank)
         self._tokens += int(batch.cost["llm_tokens"])
         self._flops += batch.cost["flops"]
         self._waited += waited
+        self.replaced_images += sum(pack.replaced_images for pack in batch.packs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        if torch.cuda.is_available():  # steps still queued belong to the time before
+            torch.cuda.synchronize()
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start

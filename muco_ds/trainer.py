@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from muco_ds.build import build_data, build_engine
+from muco_ds.build import build_data, build_engine, validation_records
 from muco_ds.checkpoint import Checkpoints
 from muco_ds.config import RunConfig, save_config
-from muco_ds.data.loader import step_batches
+from muco_ds.data.loader import BatchError, check_one_pack, step_batches
 from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env
 from muco_ds.distributed.stop import StopSignal
@@ -30,9 +30,12 @@ from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
 from muco_ds.optim import learning_rate
-from muco_ds.resume import check_same_run
+from muco_ds.resume import check_same_run, describe_data
 
 log = logging.getLogger(__name__)
+
+LOOK_AHEAD = 128
+"""Steps, spread over the run, whose plans are looked at before the model is built."""
 
 VERSIONED = ("torch", "deepspeed", "transformers", "muco_ds")
 
@@ -47,9 +50,13 @@ class Trainer:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.folder = Path(config.run.dir) / config.run.name
+        self.stop = StopSignal()
         self.data = build_data(config)  # first, because its mistakes are found in seconds
-        self.engine, self.task = build_engine(config, self.data.processing, device)
+        self.validation = validation_records(config, self.data.packer)
         self.max_steps = _max_steps(config, self.data.plan.steps_per_epoch)
+        for step in np.unique(np.linspace(0, self.max_steps - 1, LOOK_AHEAD, dtype=int)):
+            check_one_pack(self.data.plan, self.data.plan.step(int(step)))
+        self.engine, self.task = build_engine(config, self.data.processing, device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.start_step = self._resume()
         with env.agreement():
@@ -68,32 +75,38 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the last step. False when a signal ended the run early (state saved)."""
-        config, meter, stop = self.config, Meter(), StopSignal(self.device)
+        config, meter = self.config, Meter()
         bar = tqdm(total=self.max_steps, initial=self.start_step, desc=config.run.name, disable=not env.is_main())
         step, stopped = self.start_step, False
-        for batch, waited in self._batches():
-            stats = self.train_step(batch)
-            step = batch.step + 1
-            last, stopped = step == self.max_steps, stop.agreed()
-            meter.add(batch, waited)
-            bar.update()
-            with meter.paused():
-                held_out = self._validate(step) if _due(step, config.validation.every, last) else {}
-            if held_out or _due(step, config.log.every, last):
-                bar.set_postfix_str(self._log(batch, stats, meter, held_out))
-            with meter.paused():
+        try:
+            for batch, waited in self._batches():
+                stats = self.train_step(batch)
+                step = batch.step + 1
+                last, stopped = step == self.max_steps, self.stop.agreed()
+                meter.add(batch, waited)
+                bar.update()
+                held_out = {}
+                if _due(step, config.validation.every, last):
+                    with meter.paused():
+                        held_out = self._validate(step)
+                if held_out or _due(step, config.log.every, last):
+                    bar.set_postfix_str(self._log(batch, stats, meter, held_out))
                 if stopped or _due(step, config.checkpoint.every, last):
-                    self._save(step)
-            if stopped:
-                break
+                    with meter.paused():
+                        self._save(step)
+                if stopped:
+                    break
+        except BatchError:  # the same on every rank: what was learned so far is kept
+            self._save(step)
+            raise
         bar.close()
         if self.metrics is not None:
             self.metrics.close()
-        return step == self.max_steps
+        return not stopped or step >= self.max_steps
 
-    def dry_run(self, look_ahead: int = 50) -> None:
+    def dry_run(self) -> None:
         """Forward and backward of the largest of the first steps, without an update: fail in the first minute."""
-        plans = [self.data.plan.step(step) for step in range(min(look_ahead, self.max_steps))]
+        plans = [self.data.plan.step(step) for step in range(min(LOOK_AHEAD, self.max_steps))]
         largest = max(plans, key=lambda plan: plan.tokens)
         batch = self.data.steps(self.max_steps)[largest.step]
         if isinstance(batch, UserError):
@@ -123,8 +136,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(batch.step, self.max_steps, self.config.optim)
         self.engine.step()  # averages gradients over ranks, clips, AdamW
-        replaced = result.loss.new_tensor(float(sum(pack.replaced_images for pack in batch.packs)))
-        return {**result.stats, "replaced_images": replaced}
+        return result.stats
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
         """Batches with the seconds the loop had to wait for each."""
@@ -144,8 +156,10 @@ class Trainer:
     def _log(self, batch: StepBatch, stats: dict[str, torch.Tensor], meter: Meter, held_out: dict[str, float]) -> str:
         """Write this step's values and the window's rates; returns the progress bar's text. Collective."""
         names = sorted(stats)
-        totals = env.sum_over_ranks(torch.stack([stats[name].float() for name in names]))
-        total = dict(zip(names, totals.tolist(), strict=True))
+        replaced = torch.tensor(float(meter.replaced_images), device=self.device)
+        totals = env.sum_over_ranks(torch.stack([*(stats[name].float() for name in names), replaced])).tolist()
+        total = dict(zip([*names, "replaced_images"], totals, strict=True))
+        rows = sum(rows.queries for rows in batch.rows_per_rank)
         rates = meter.rates(env.world_size(), peak_flops(self.device))
         norm = self.engine.get_global_grad_norm()
         values: dict[str, float | int | None] = {
@@ -155,7 +169,7 @@ class Trainer:
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
             "grad_norm": None if norm is None else float(norm),
             "temperature": self.config.loss.temperature,
-            "pairs": int(total["rows"]),
+            "pairs": rows,
             "images": batch.images,
             "llm_tokens": int(batch.cost["llm_tokens"]),
             "vit_patches": int(batch.cost["vit_patches"]),
@@ -164,8 +178,8 @@ class Trainer:
             "imbalance": batch.cost["imbalance"],
             "peak_mem_gib": peak_memory_gib(self.device),
             "masked_frac": total["masked"] / total["entries"],
-            "in_batch_top1": total["top1"] / total["rows"],
-            "pos_sim": total["pos_sim"] / total["rows"],
+            "in_batch_top1": total["top1"] / rows,
+            "pos_sim": total["pos_sim"] / rows,
             "hardest_neg_sim": total["hardest_neg_sim"] / max(1.0, total["negative_rows"]),
             "replaced_images": int(total["replaced_images"]),
             **held_out,
@@ -179,8 +193,7 @@ class Trainer:
 
     def _validate(self, step: int) -> dict[str, float]:
         """precision@1 on held-out rows, for the log, and a picture of some answers. Collective."""
-        assert self.data.validation is not None
-        task = M3TTask.from_records(self.data.validation)
+        task = M3TTask.from_records(self.validation)
         pack_tokens = self.config.batch.pack_tokens
         self.engine.eval()
         ranking = task.rank(self.engine, self.data.packer, pack_tokens=pack_tokens, device=self.device, progress=False)
@@ -194,13 +207,18 @@ class Trainer:
         pack_tokens = self.config.batch.pack_tokens
         self.engine.eval()
         probe_ND = encode_dialogues(
-            self.engine, self.data.packer, probe_dialogues(), pack_tokens=pack_tokens, device=self.device
+            self.engine, self.data.packer, probe_dialogues(), pack_tokens=pack_tokens, device=self.device, shared=True
         )
         self.engine.train()
         return probe_ND
 
     def _save(self, step: int) -> None:
         probe_ND = self._probe()
+        if not torch.isfinite(probe_ND).all():  # saving would push healthy checkpoints out
+            problem = (
+                f"step {step}: the weights are not finite any more: lower optim.lr and start again, it goes on from "
+            )
+            raise UserError(f"{problem}the newest checkpoint", on_every_rank=True)
 
         def write_beside(path: Path) -> None:
             self.data.processing.save(path / "hf", self.task.embedder.model.config)
@@ -209,6 +227,7 @@ class Trainer:
         meta = {
             "config": asdict(self.config),
             "world_size": env.world_size(),
+            "data": describe_data(self.data.plan.index),
             "zero_stage": self.engine.zero_optimization_stage(),
             "versions": {name: version(name) for name in VERSIONED},
         }
@@ -216,16 +235,19 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint of this run, if there is one; returns the step to go on from."""
+        # Rank 0 chooses: ranks that each looked for themselves could disagree on what they see.
+        newest = env.from_main(next(iter(self.checkpoints.complete()), None) if env.is_main() else None)
+        if newest is None:
+            return 0
         with env.agreement():
-            complete: list[Any] = self.checkpoints.complete()
-            if not complete:
-                return 0
             if not self.config.checkpoint.resume:
                 raise UserError(f"{self.folder} holds checkpoints: set checkpoint.resume=true or another run.name")
-            check_same_run(complete[0], asdict(self.config))
-        meta = self.checkpoints.load(self.engine, complete[0])
+            if not newest.is_dir():
+                raise UserError(f"rank {env.rank()} does not see {newest}: run.dir must be shared by all machines")
+            check_same_run(newest, asdict(self.config), describe_data(self.data.plan.index))
+        meta = self.checkpoints.load(self.engine, newest)
         if env.is_main():
-            log.info("resumed from %s", complete[0])
+            log.info("resumed from %s", newest)
         return meta["step"]
 
 

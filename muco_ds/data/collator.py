@@ -9,7 +9,7 @@ import torch
 
 from muco_ds.data import draws
 from muco_ds.data.images import ImageError, ImagePipeline, Patches
-from muco_ds.data.index import Index, target_hash
+from muco_ds.data.index import Index
 from muco_ds.data.plan import draw_histories, draw_paraphrases
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import TURNS_PER_SAMPLE, Dialogue, PackedBatch, RowCounts
@@ -143,7 +143,7 @@ class Collator:
         ids_k3 = np.empty((len(turns), 3), np.int64)
         ids_k3[:, 0] = data["image_id"]
         ids_k3[:, 1] = sample * TURNS_PER_SAMPLE + order_k
-        ids_k3[:, 2] = [target_hash(turn.target, record.target_images) for turn in turns]
+        ids_k3[:, 2] = self.index.turns["target_hash"][slice(*self.index.turn_bounds(sample))][order_k]
         questions = tuple(turn.questions[chosen_k[j]] for turn, j in zip(turns, order_k, strict=True))
         targets = tuple(turn.target for turn in turns)
         return [

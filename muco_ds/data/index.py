@@ -30,6 +30,7 @@ from muco_ds.errors import UserError
 
 VERSION = 2
 CHUNK_ROWS = 256
+_VISIBLE_WITHIN_S = 60.0  # network file systems may show a new folder late
 
 SAMPLE = np.dtype(
     [
@@ -159,12 +160,12 @@ def index_path(indexer: Indexer, folder: str | None) -> Path:
 def open_index(
     indexer: Indexer, folder: str | None, *, builder: bool, processes: int = 1, progress: bool = True
 ) -> Index:
-    """The index of a data set, built first by the process whose `builder` is True; the others wait for it.
+    """The index of a data set. The process whose `builder` is True builds it if it is not there; call it there first.
 
     Args:
         folder: where indices live; default `.muco_index` beside the first data file.
     Raises:
-        UserError: no row is usable, or the folder can't be written.
+        UserError: no row is usable, the folder can't be written, or what was built is not seen here.
     """
     path = index_path(indexer, folder)
     if builder and not (path / "meta.json").exists():
@@ -175,12 +176,14 @@ def open_index(
             raise UserError(
                 f"{path.parent}: can't write the length index there ({error.strerror}): set data.index_dir"
             ) from error
-    waited = 0
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
     while not (path / "meta.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path}: the length index built by rank 0 is not visible here: put the data, or data.index_dir, "
+                "on a file system that all machines share"
+            )
         time.sleep(0.2)
-        waited += 1
-        if waited % 300 == 0:
-            print(f"waiting for rank 0 to build the length index {path}", flush=True)
     return _load(path, indexer.reader)
 
 

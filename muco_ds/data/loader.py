@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -9,8 +10,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from muco_ds.data.collator import Collator
 from muco_ds.data.plan import Plan, StepPlan
+from muco_ds.data.readers import RowError
 from muco_ds.data.schema import StepBatch
 from muco_ds.errors import UserError
+
+
+class BatchError(UserError):
+    """A planned step that can't be packed; every rank finds the same."""
 
 
 class StepDataset(Dataset[StepBatch | UserError]):
@@ -29,13 +35,14 @@ class StepDataset(Dataset[StepBatch | UserError]):
             packs = [self.collator(samples, plan.epoch) for samples in plan.packs[self.rank]]
         except UserError as error:
             return error
-        samples = plan.packs[self.rank][0]
+        except RowError as error:
+            return UserError(f"data.train: {error}: a row changed after it was indexed: tools/index_data.py --rebuild")
         return StepBatch(
             step=step,
             epoch=plan.epoch,
             packs=packs,
             rows_per_rank=plan.rows_per_rank,
-            sample_rows=self.plan.index.samples["row"][samples],
+            sample_rows=self.plan.index.samples["row"][plan.packs[self.rank][0]],
             images=plan.images,
             cost={
                 "llm_tokens": plan.tokens,
@@ -48,10 +55,10 @@ class StepDataset(Dataset[StepBatch | UserError]):
 
 
 def check_one_pack(plan: Plan, step: StepPlan) -> None:
-    """Raises UserError when a step needs more than one pack on a rank, saying what to change."""
+    """Raises BatchError when a step needs more than one pack on a rank, saying what to change."""
     if max(map(len, step.packs)) > 1:
         need = -(-step.tokens // plan.world_size)
-        raise UserError(
+        raise BatchError(
             f"step {step.step}: batch.images={plan.images} needs about {need} tokens on each of {plan.world_size} "
             f"ranks but batch.pack_tokens={plan.pack_tokens}: raise batch.pack_tokens (a tenth above it leaves room), "
             "lower batch.images, or use more ranks",
@@ -72,7 +79,7 @@ def step_batches(dataset: StepDataset, start: int, *, workers: int, pin_memory: 
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         # Workers only touch numpy, Pillow and the tokenizer: forking is safe and starts in milliseconds.
         multiprocessing_context="fork" if workers else None,
     )
@@ -82,5 +89,9 @@ def step_batches(dataset: StepDataset, start: int, *, workers: int, pin_memory: 
         yield item
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    # Schedulers and launchers signal whole process groups. What a signal means is for the training process to decide;
+    # a worker that died of it would take the run down before it could save. Workers end with the loop or its process.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

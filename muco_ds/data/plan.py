@@ -20,9 +20,7 @@ from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 from muco_ds.flops import FlopsModel
 
-_SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions needs little memory
-
-_SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions needs little memory
+SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions needs little memory
 
 
 @dataclass(frozen=True)
@@ -179,8 +177,8 @@ class Plan:
 
     def _check_longest(self) -> None:
         """No example may exceed a pack in any epoch's draw."""
-        for start in range(0, len(self.index), _SCANNED_SAMPLES):
-            stop = min(start + _SCANNED_SAMPLES, len(self.index))
+        for start in range(0, len(self.index), SCANNED_SAMPLES):
+            stop = min(start + SCANNED_SAMPLES, len(self.index))
             tokens_B = longest_tokens(self.index, self.template, start, stop, self.query_history, self.target_history)
             worst = int(tokens_B.argmax())
             if tokens_B[worst] > self.pack_tokens:

@@ -38,7 +38,7 @@ def data_files(pattern: str, key: str) -> list[str]:
 
 
 class M3TReader:
-    """Rows in naver-ai/M3T's columns (FORMATS: qry = list of paraphrase lists, pos_text = list of targets).
+    """Rows in naver-ai/M3T's columns (qry = list of paraphrase lists, pos_text = list of targets).
 
     Accepts ragged numbers of turns, a plain string in place of a list of paraphrases, and a picture on either side.
     """

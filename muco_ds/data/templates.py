@@ -1,7 +1,7 @@
 """Dialogues as tokens: the backbone's chat format, with one pooled token per turn.
 
 A turn is `user: text` answered by an assistant message that is just the pool token. Pictures always come first. Two
-layouts exist, drawn per dialogue (DESIGN: histories):
+layouts exist, drawn per dialogue (`task.query_history`, `task.target_history`):
 
 - `history` (causal): the turns follow each other, each sees all before it;
 - isolated: the prefix up to the pictures is written once and each turn continues it by itself, at positions that

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,24 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def adopt_launcher() -> None:
+    """Take rank and world size from SLURM where srun is the launcher; other launchers set them themselves.
+
+    Programs call it first: without it every task of a plain srun would be a run of its own in the same folder.
+
+    Raises:
+        UserError: srun started several tasks and nothing says where they meet.
+    """
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks == 1:
+        return
+    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+    os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        problem = "under srun set MASTER_ADDR (the first machine of the job) and MASTER_PORT (any free port)"
+        raise UserError(problem, on_every_rank=True)
 
 
 def start() -> torch.device:
@@ -58,9 +77,21 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
+def from_main(value: Any) -> Any:
+    """Rank 0's value on every rank. Collective."""
+    values = [value]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value, in rank order. Collective."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def agree(problem: str | None) -> None:
@@ -71,11 +102,7 @@ def agree(problem: str | None) -> None:
     Raises:
         UserError: the problem of the lowest rank that has one.
     """
-    problems: list[str | None] = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    first = next((p for p in problems if p is not None), None)
+    first = next((p for p in from_all(problem) if p is not None), None)
     if first is not None:
         raise UserError(first, on_every_rank=True)
 

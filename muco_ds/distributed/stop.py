@@ -9,19 +9,20 @@ import torch
 import torch.distributed as dist
 
 EXIT_REQUEUE = 75
-"""Exit status after a signal: saved, not finished (BSD's EX_TEMPFAIL). The job scripts requeue on it."""
+"""Exit status after a signal: saved, not finished (BSD's EX_TEMPFAIL). A job script can requeue on it."""
 
 
 class StopSignal:
     """Remembers SIGUSR1 and SIGTERM; `agreed()` is True on every rank at the same step once any rank got one.
 
-    The answer of a step is exchanged while the next one computes, so a GPU never waits for it.
+    Ranks ask each other over the CPU, and read the answer one step later, so neither a GPU nor a step waits for it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._received = False
-        self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if several else None
+        self._asked: tuple[torch.Tensor, dist.Work | None] | None = None
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._remember)
 
@@ -31,13 +32,14 @@ class StopSignal:
     def agreed(self) -> bool:
         """Call once a step on every rank."""
         stop = False
-        if self._pending is not None:
-            flag, work = self._pending
+        if self._asked is not None:
+            flag, work = self._asked
             if work is not None:
                 work.wait()
             stop = bool(flag.item())
-        flag = torch.tensor([float(self._received)], device=self._device)
-        group = dist.is_initialized() and dist.get_world_size() > 1
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True) if group else None
-        self._pending = (flag, work)
+        flag = torch.tensor([float(self._received)])
+        work = None
+        if self._group is not None:
+            work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asked = (flag, work)
         return stop

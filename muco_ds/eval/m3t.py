@@ -79,7 +79,13 @@ class M3TTask:
         """Encode both sides, on all ranks, and rank. Collective."""
         query_QD, candidate_CD = (
             encode_dialogues(
-                model, packer, side, pack_tokens=pack_tokens, device=device, progress=name if progress else None
+                model,
+                packer,
+                side,
+                pack_tokens=pack_tokens,
+                device=device,
+                shared=True,
+                progress=name if progress else None,
             )
             for name, side in (("queries", self.queries), ("candidates", self.candidates))
         )

@@ -43,7 +43,11 @@ def load_config(path: str) -> PretrainedConfig:
         raise UserError(f"model.path: '{path}' holds a config.json that is no JSON object: copy it again") from error
     if model_type not in BACKBONES:
         raise UserError(f"model.path: '{path}' is a '{model_type}' model; supported: {', '.join(BACKBONES)}")
-    return AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path)
+    text = config.text_config
+    if "sliding_attention" in text.layer_types or text.attention_dropout:
+        raise UserError(f"model.path: '{path}' uses sliding windows or attention dropout: packed attention has neither")
+    return config
 
 
 def load_tokenizer(path: str, pool_token: str) -> PreTrainedTokenizerFast:
@@ -51,7 +55,10 @@ def load_tokenizer(path: str, pool_token: str) -> PreTrainedTokenizerFast:
 
     With another `model.pool_token`, which must be one of the tokenizer's own, nothing is added.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: '{path}' holds no tokenizer that loads: copy its tokenizer files") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"model.path: '{path}' has no tokenizer.json: save its tokenizer in the fast format")
     if pool_token == EMB_TOKEN:
@@ -65,7 +72,10 @@ def load_tokenizer(path: str, pool_token: str) -> PreTrainedTokenizerFast:
 
 def load_image_processor(path: str) -> Qwen2VLImageProcessorPil:
     """The folder's image processor in its Pillow form: torchvision is not needed to train."""
-    return Qwen2VLImageProcessorPil.from_pretrained(path)
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: '{path}' holds no preprocessor_config.json that loads: copy it there") from error
 
 
 def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: int) -> PreTrainedModel:
@@ -169,7 +179,7 @@ def _tensor_files(path: str) -> Iterator[tuple[str, str]]:
 
 
 def check_rotary_tables(model: PreTrainedModel) -> None:
-    """Every rotary table must be float32 and equal to a fresh one (zero.Init once turned them to bf16, FACTS of 5.17).
+    """Every rotary table must be float32 and equal a fresh one: before transformers 5.23 zero.Init makes it bf16.
 
     Raises:
         UserError: naming the table; the cure is a newer transformers.
@@ -179,5 +189,5 @@ def check_rotary_tables(model: PreTrainedModel) -> None:
         if table is None:
             continue
         fresh = type(module)(module.config).inv_freq
-        if table.dtype != torch.float32 or not torch.equal(table.cpu(), fresh.cpu()):
+        if table.dtype != torch.float32 or not torch.allclose(table.cpu(), fresh.cpu(), rtol=1e-6, atol=0):
             raise UserError(f"rotary table {name} is {table.dtype} or altered: install transformers>=5.23")

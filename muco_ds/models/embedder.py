@@ -114,7 +114,7 @@ class Embedder(nn.Module):
         device = next(self.parameters()).device
         description = "encoding" if progress else None
         return encode_dialogues(
-            self, self.packer, dialogues, pack_tokens=pack_tokens, device=device, progress=description
+            self, self.packer, dialogues, pack_tokens=pack_tokens, device=device, shared=False, progress=description
         ).numpy()
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:

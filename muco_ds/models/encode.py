@@ -6,6 +6,7 @@ Shape suffixes: N embeddings of all dialogues, D embedding size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -27,34 +28,33 @@ def encode_dialogues(
     *,
     pack_tokens: int,
     device: torch.device,
+    shared: bool,
     progress: str | None = None,
 ) -> torch.Tensor:
     """Embeddings of every turn of every dialogue, [N, D] float32 on the CPU, in order, the same on every rank.
 
-    Turns are isolated: several questions about one picture share it and are otherwise encoded as if alone. Every rank
-    must call this with the same dialogues; each encodes a share, and all make equally many forwards (ZeRO-3).
+    Turns are isolated: several questions about one picture share it and are otherwise encoded as if alone.
 
     Args:
+        shared: every rank calls this with the same dialogues; each encodes a share, all make equally many forwards
+            (ZeRO-3 needs that). False: this process encodes all of them by itself.
         progress: description of a progress bar on rank 0; None for none.
     Raises:
         UserError: on every rank, naming a picture that does not decode.
     """
     packs = split_by_tokens(packer, dialogues, pack_tokens)
-    world_size, rank = env.world_size(), env.rank()
+    world_size, rank = (env.world_size(), env.rank()) if shared else (1, 0)
     rounds = range(-(-len(packs) // world_size))
     parts: list[torch.Tensor] = []
     for round_index in tqdm(rounds, desc=progress, unit="pack", disable=progress is None or not env.is_main()):
         # In the last round ranks without a pack of their own repeat the first, so that none is missing in a collective.
         mine = [packs[i] if (i := round_index * world_size + r) < len(packs) else packs[0] for r in range(world_size)]
-        problem = None
-        try:
-            pack = packer.pack([_side(dialogues[i]) for i in mine[rank]], replace_broken=False)
-        except ImageError as error:
-            problem = str(error)
-        env.agree(problem)  # a rank that left alone would leave the others waiting in the model
-        batch = pack.to(device)
+        # A rank that left alone would leave the others waiting in the model.
+        with env.agreement() if shared else nullcontext():
+            pack = _packed(packer, [dialogues[i] for i in mine[rank]])
+        emb_ED = model(pack.to(device)).float()
         counts = [sum(len(dialogues[i].turns) for i in pack) for pack in mine]
-        parts.append(gather_rows(model(batch).float(), counts).cpu())
+        parts.append((gather_rows(emb_ED, counts) if shared else emb_ED).cpu())
     total = sum(len(dialogue.turns) for dialogue in dialogues)
     return torch.cat(parts)[:total]
 
@@ -76,6 +76,13 @@ def split_by_tokens(packer: Packer, dialogues: Sequence[Dialogue], pack_tokens: 
         packs[-1].append(i)
         room -= need
     return packs
+
+
+def _packed(packer: Packer, dialogues: list[Dialogue]) -> PackedBatch:
+    try:
+        return packer.pack([_side(dialogue) for dialogue in dialogues], replace_broken=False)
+    except ImageError as error:
+        raise UserError(str(error)) from error
 
 
 def _vision_tokens(packer: Packer, image: ImageRef) -> int:

@@ -72,5 +72,8 @@ def read_settings(path: str) -> Settings:
     file = os.path.join(path, SETTINGS_FILE)
     if not os.path.isfile(file):
         raise UserError(f"'{path}' holds no {SETTINGS_FILE}: give a folder written by tools/convert_ckpt.py")
-    with open(file) as handle:
-        return Settings(**json.load(handle))
+    try:
+        with open(file) as handle:
+            return Settings(**json.load(handle))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: not the settings of an exported model ({error}): export it again") from error

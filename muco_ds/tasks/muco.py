@@ -1,4 +1,4 @@
-"""MuCo pre-training: each question of a picture against the targets of every other picture (METHODS section 1).
+"""MuCo pre-training (arXiv 2602.06393): each question of a picture against the targets of every other picture.
 
 Shape suffixes: E pooled rows of this rank, R its query rows, K keys of all ranks, D embedding size.
 """
@@ -26,7 +26,10 @@ class TaskLoss:
 
 
 class MuCoTask(nn.Module):
-    """Model and objective of the stage. Parameters live in `embedder`, under the stock model's names."""
+    """Model and objective of the stage. Parameters live in `embedder`, under the stock model's names.
+
+    The engine runs `forward`, where ZeRO-3 gathers parameters; `loss` has none and is called on what forward returned.
+    """
 
     def __init__(self, embedder: Embedder, options: LossOptions) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class MuCoTask(nn.Module):
         """InfoNCE of this rank's rows against the keys of all ranks.
 
         Data-parallel averaging divides by the world size W, so `local sum * W / global rows` gives exactly the
-        gradient of the mean over the global batch, whatever each rank holds (docs: FACTS 12 measured the others wrong).
+        gradient of the mean over the global batch, whatever each rank holds (docs/design.md).
         """
         queries, targets = pack.counts.queries, pack.counts.targets
         key_ED, key_ids_E3 = emb_ED[queries:], pack.ids_E3[queries:]
@@ -56,7 +59,7 @@ class MuCoTask(nn.Module):
             query_ids_K3 = gather_table(pack.ids_E3[:queries], query_counts)
             backward = self._info_nce(key_ED[:targets], key_ids_E3[:targets], query_KD, query_ids_K3)
             loss = (loss + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
-        stats = {**forward.stats, "rows": loss.new_tensor(float(queries)), "loss": loss.detach() / world_size}
+        stats = {**forward.stats, "loss": loss.detach() / world_size}
         return TaskLoss(loss, stats)
 
     def _info_nce(self, row_RD, row_ids_R3, key_KD, key_ids_K3):  # type: ignore[no-untyped-def]

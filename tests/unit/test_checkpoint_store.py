@@ -158,9 +158,12 @@ def test_every_rank_hears_of_another_ranks_failure(store: Checkpoints, monkeypat
         if problem:
             raise UserError(problem)
 
+    def full(_folder: Path) -> None:
+        raise OSError("full")
+
     monkeypatch.setattr(checkpoint.env, "agree", agree)
     with pytest.raises(UserError):
-        save(store, 2, Engine(fail=OSError("full")))
+        store.save(Engine(2), 2, META, full)
     assert said[-1] is not None and "full" in said[-1]
     said.clear()
     save(store, 3)

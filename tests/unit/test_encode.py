@@ -101,7 +101,8 @@ def test_packs_keep_order_and_budget(pack_tokens: int) -> None:
 def test_every_turn_gives_a_row_in_order_whatever_the_packs(model: Embedder) -> None:
     dialogues = [*probe_dialogues(), Dialogue(("a", "b", "c"))]
     whole, pieces = (
-        encode_dialogues(model, packer(), dialogues, pack_tokens=n, device=torch.device("cpu")) for n in (10**6, 50)
+        encode_dialogues(model, packer(), dialogues, pack_tokens=n, device=torch.device("cpu"), shared=False)
+        for n in (10**6, 50)
     )
     assert whole.shape == (8, 96) and not whole.requires_grad
     torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=0)
@@ -153,7 +154,7 @@ def test_ranks_share_the_packs_and_every_rank_forwards_equally_often(monkeypatch
     monkeypatch.setattr(encode.env, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(encode.env, "rank", lambda rank=rank: rank)
-        out = encode_dialogues(model, packer(), dialogues, pack_tokens=1, device=torch.device("cpu"))
+        out = encode_dialogues(model, packer(), dialogues, pack_tokens=1, device=torch.device("cpu"), shared=True)
         assert out.shape == (5, 4)
     assert len(forwards) == 6 and asked == [[1, 1]] * 6
 

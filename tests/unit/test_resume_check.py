@@ -23,6 +23,8 @@ CONFIG = asdict(
     )
 )
 
+DATA = {"rows": 9, "digest": "0af1"}
+
 # Written out, not taken from MAY_CHANGE: a key that is added to the configuration must be put in one of the two.
 FREE = {
     *("run.dir", "run.max_steps", "run.epochs", "model.attention", "model.activation_checkpointing"),
@@ -47,7 +49,7 @@ def keys() -> list[str]:
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "step_0000010"
     path.mkdir()
-    meta = json.dumps({"config": CONFIG, "world_size": 1})
+    meta = json.dumps({"config": CONFIG, "world_size": 1, "data": DATA})
     (path / "meta.json").write_text(meta)
     (path / MANIFEST).write_text(json.dumps({"files": {"meta.json": len(meta)}}))
     return path
@@ -68,7 +70,7 @@ def changed(key: str) -> tuple[dict[str, Any], Any]:
 
 
 def test_the_same_configuration_is_the_same_run(saved: Path) -> None:
-    check_same_run(saved, copy.deepcopy(CONFIG))
+    check_same_run(saved, copy.deepcopy(CONFIG), DATA)
 
 
 @pytest.mark.parametrize("key", keys())
@@ -76,10 +78,10 @@ def test_each_key_may_change_or_is_refused_by_name(saved: Path, key: str) -> Non
     assert (key in FREE) != (key in BOUND), f"decide whether {key} may change between a run and its continuation"
     config, value = changed(key)
     if key in FREE:
-        check_same_run(saved, config)
+        check_same_run(saved, config, DATA)
         return
     with pytest.raises(UserError) as error:
-        check_same_run(saved, config)
+        check_same_run(saved, config, DATA)
     message = str(error.value)
     assert message.startswith(f"{key}={value} ") and str(saved) in message and "run.name" in message
 
@@ -94,4 +96,10 @@ def test_a_key_that_the_saved_run_did_not_know_is_refused(saved: Path) -> None:
     config = copy.deepcopy(CONFIG)
     config["loss"]["new_weight"] = 0.5
     with pytest.raises(UserError, match=r"loss\.new_weight=0\.5"):
-        check_same_run(saved, config)
+        check_same_run(saved, config, DATA)
+
+
+@pytest.mark.parametrize("data", [{"rows": 8, "digest": "0af1"}, {"rows": 9, "digest": "0af2"}])
+def test_other_rows_under_the_same_path_are_refused(saved: Path, data: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="usable rows"):
+        check_same_run(saved, CONFIG, data)
