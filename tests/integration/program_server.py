@@ -54,6 +54,7 @@ def _job(request: dict[str, Any]) -> None:
             _rank(request, rank)
             return
         pids.append(pid)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a test may signal the whole group; the ranks' statuses are wanted
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     path = os.path.join(request["folder"], "status.json")
     with open(path + ".tmp", "w") as file:

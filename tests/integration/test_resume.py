@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -95,6 +96,24 @@ def test_a_signal_to_one_rank_stops_all_with_the_state_saved(
     assert [path.name for path in saved] == [f"step_{stopped_after:07d}"] and stopped_after < STEPS
     assert "resumed from" in programs.run(demo.train(tmp_path, overrides), ranks=RANKS).check().output
     assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_a_signal_to_the_whole_group_spares_the_loader_and_saves(
+    demo: Demo, programs: Programs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Schedulers signal every process; a loader worker that died of it would take the run down unsaved."""
+    overrides = {**LONG, "checkpoint.every": 100, "data.workers": 1}
+    job = programs.start(demo.train(tmp_path, overrides), ranks=RANKS)
+    wait_until(lambda: steps_logged(tmp_path) > 0, job)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait().codes == [REQUEUE] * RANKS
+    programs.run(demo.train(tmp_path, overrides), ranks=RANKS).check()
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_a_run_with_its_end_moved_behind_it_is_finished(demo: Demo, programs: Programs, finished: Path) -> None:
+    """It must not ask to be requeued for ever."""
+    programs.run(demo.train(finished, {**LONG, "run.max_steps": STEPS - 2}), ranks=RANKS).check()
 
 
 def test_a_finished_run_started_again_does_nothing(demo: Demo, programs: Programs, finished: Path) -> None:
