@@ -61,6 +61,12 @@ class Trainer:
         self.start_step = self._resume()
         with env.agreement():
             self.metrics = self._open_folder() if env.is_main() else None
+        log.info(
+            "%s: steps %d to %d of %d examples, %.1f epochs of %d rows; ZeRO stage %d on %d ranks, %s",
+            *(self.folder, self.start_step, self.max_steps, config.batch.images),
+            *(self.max_steps / self.data.plan.steps_per_epoch, len(self.data.plan.index)),
+            *(self.engine.zero_optimization_stage(), env.world_size(), config.run.precision),
+        )
 
     def _open_folder(self) -> MetricsWriter:
         try:
