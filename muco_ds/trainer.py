@@ -7,10 +7,10 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -18,24 +18,24 @@ from tqdm import tqdm
 from muco_ds.build import build_data, build_engine, validation_records
 from muco_ds.checkpoint import Checkpoints
 from muco_ds.config import RunConfig, save_config
-from muco_ds.data.loader import BatchError, check_one_pack, step_batches
+from muco_ds.data.loader import step_batches
 from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env
+from muco_ds.distributed.gradient_cache import cached_backward
 from muco_ds.distributed.stop import StopSignal
 from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
 from muco_ds.flops import peak_flops
 from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
+from muco_ds.models.embedder import KeptVision
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
 from muco_ds.optim import learning_rate
 from muco_ds.resume import check_same_run, describe_data
+from muco_ds.tasks.muco import TaskLoss
 
 log = logging.getLogger(__name__)
-
-LOOK_AHEAD = 128
-"""Steps, spread over the run, whose plans are looked at before the model is built."""
 
 VERSIONED = ("torch", "deepspeed", "transformers", "muco_ds")
 
@@ -54,8 +54,6 @@ class Trainer:
         self.data = build_data(config)  # first, because its mistakes are found in seconds
         self.validation = validation_records(config, self.data.packer)
         self.max_steps = _max_steps(config, self.data.plan.steps_per_epoch)
-        for step in np.unique(np.linspace(0, self.max_steps - 1, LOOK_AHEAD, dtype=int)):
-            check_one_pack(self.data.plan, self.data.plan.step(int(step)))
         self.engine, self.task = build_engine(config, self.data.processing, device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.start_step = self._resume()
@@ -84,42 +82,36 @@ class Trainer:
         config, meter = self.config, Meter()
         bar = tqdm(total=self.max_steps, initial=self.start_step, desc=config.run.name, disable=not env.is_main())
         step, stopped = self.start_step, False
-        try:
-            for batch, waited in self._batches():
-                stats = self.train_step(batch)
-                step = batch.step + 1
-                last, stopped = step == self.max_steps, self.stop.agreed()
-                meter.add(batch, waited)
-                bar.update()
-                held_out = {}
-                if _due(step, config.validation.every, last):
-                    with meter.paused():
-                        held_out = self._validate(step)
-                if held_out or _due(step, config.log.every, last):
-                    bar.set_postfix_str(self._log(batch, stats, meter, held_out))
-                if stopped or _due(step, config.checkpoint.every, last):
-                    with meter.paused():
-                        self._save(step)
-                if stopped:
-                    break
-        except BatchError:  # the same on every rank: what was learned so far is kept
-            self._save(step)
-            raise
+        for batch, waited in self._batches():
+            stats = self.train_step(batch)
+            step = batch.step + 1
+            last, stopped = step == self.max_steps, self.stop.agreed()
+            meter.add(batch, waited)
+            bar.update()
+            held_out = {}
+            if _due(step, config.validation.every, last):
+                with meter.paused():
+                    held_out = self._validate(step)
+            if held_out or _due(step, config.log.every, last):
+                bar.set_postfix_str(self._log(batch, stats, meter, held_out))
+            if stopped or _due(step, config.checkpoint.every, last):
+                with meter.paused():
+                    self._save(step)
+            if stopped:
+                break
         bar.close()
         if self.metrics is not None:
             self.metrics.close()
         return not stopped or step >= self.max_steps
 
-    def dry_run(self) -> None:
+    def dry_run(self, look_ahead: int = 50) -> None:
         """Forward and backward of the largest of the first steps, without an update: fail in the first minute."""
-        plans = [self.data.plan.step(step) for step in range(min(LOOK_AHEAD, self.max_steps))]
+        plans = [self.data.plan.step(step) for step in range(min(look_ahead, self.max_steps))]
         largest = max(plans, key=lambda plan: plan.tokens)
         batch = self.data.steps(self.max_steps)[largest.step]
         if isinstance(batch, UserError):
             raise batch
-        pack = batch.packs[0].to(self.device)
-        result = self.task.loss(self.engine(pack), pack, batch.rows_per_rank)
-        self.engine.backward(result.loss)
+        result = self._backward(batch)
         log.info(
             "dry run: %d steps planned, %d per epoch; largest step %d has %d tokens (fill %.2f, imbalance %.3f), "
             "loss %.3f, peak memory %.2f GiB",
@@ -135,14 +127,26 @@ class Trainer:
 
     def train_step(self, batch: StepBatch) -> dict[str, torch.Tensor]:
         """One optimizer step; returns the local sums of the loss's statistics, on the device."""
-        pack = batch.packs[0].to(self.device)
-        emb_ED = self.engine(pack)  # all queries and targets of this rank in one forward
-        result = self.task.loss(emb_ED, pack, batch.rows_per_rank)  # against the keys of all ranks
-        self.engine.backward(result.loss)
+        result = self._backward(batch)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(batch.step, self.max_steps, self.config.optim)
         self.engine.step()  # averages gradients over ranks, clips, AdamW
         return result.stats
+
+    def _backward(self, batch: StepBatch) -> TaskLoss:
+        """Gradient of the loss of this rank's queries against the keys of all ranks, packed as memory allows."""
+        packs = [pack.to(self.device) for pack in batch.packs]
+        if len(packs) == 1:
+            emb_ED = self.engine(packs[0])  # all queries and targets of this rank in one forward
+            result = self.task.loss([emb_ED], packs, batch.rows_per_rank)
+            self.engine.backward(result.loss)
+            return result
+
+        def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:
+            result = self.task.loss(emb_parts, packs, batch.rows_per_rank)
+            return result.loss, result
+
+        return cached_backward(self.engine, [partial(self.engine, pack, KeptVision()) for pack in packs], loss_of)
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
         """Batches with the seconds the loop had to wait for each."""

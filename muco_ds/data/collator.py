@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,12 +37,14 @@ class Packer:
         self._placeholder = images.placeholder()
 
     def pack(self, sides: list[Side], *, replace_broken: bool) -> PackedBatch:
-        """Pack dialogues in the given order.
+        """Pack dialogues in the given order. None at all give a pack of a few tokens and no pooled row.
 
         Args:
             replace_broken: put a small grey picture where one does not decode, and count it; else raise an
                 ImageError that names it.
         """
+        if not sides:
+            return self._spare()
         text_ids = self._encode([turn for side in sides for turn in side.dialogue.turns])
         row = _Row()
         for side in sides:
@@ -60,6 +62,12 @@ class Packer:
             row.positions.append(rendered.positions_4L)
             row.pictures += pictures
         return self._finish(row)
+
+    def _spare(self) -> PackedBatch:
+        """What a rank works on while others have one pack more: next to nothing, but a forward like any other."""
+        filler = Side(QUERY, Dialogue(("-",)), history=True, ids_k3=np.zeros((1, 3), np.int64))
+        batch = self.pack([filler], replace_broken=False)
+        return replace(batch, emb_index_E=batch.emb_index_E[:0], ids_E3=batch.ids_E3[:0], counts=RowCounts(0, 0))
 
     def _encode(self, texts: list[str]):  # type: ignore[no-untyped-def]
         return iter(self.template.encode_texts(texts))

@@ -5,18 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from muco_ds.data.collator import Collator
-from muco_ds.data.plan import Plan, StepPlan
+from muco_ds.data.plan import Plan
 from muco_ds.data.readers import RowError
 from muco_ds.data.schema import StepBatch
 from muco_ds.errors import UserError
-
-
-class BatchError(UserError):
-    """A planned step that can't be packed; every rank finds the same."""
 
 
 class StepDataset(Dataset[StepBatch | UserError]):
@@ -31,7 +28,6 @@ class StepDataset(Dataset[StepBatch | UserError]):
     def __getitem__(self, step: int) -> StepBatch | UserError:
         try:
             plan = self.plan.step(step)
-            check_one_pack(self.plan, plan)
             packs = [self.collator(samples, plan.epoch) for samples in plan.packs[self.rank]]
         except UserError as error:
             return error
@@ -42,7 +38,7 @@ class StepDataset(Dataset[StepBatch | UserError]):
             epoch=plan.epoch,
             packs=packs,
             rows_per_rank=plan.rows_per_rank,
-            sample_rows=self.plan.index.samples["row"][plan.packs[self.rank][0]],
+            sample_rows=self.plan.index.samples["row"][np.concatenate(plan.packs[self.rank])],
             images=plan.images,
             cost={
                 "llm_tokens": plan.tokens,
@@ -51,18 +47,6 @@ class StepDataset(Dataset[StepBatch | UserError]):
                 "pack_fill": plan.pack_fill,
                 "imbalance": plan.imbalance,
             },
-        )
-
-
-def check_one_pack(plan: Plan, step: StepPlan) -> None:
-    """Raises BatchError when a step needs more than one pack on a rank, saying what to change."""
-    if max(map(len, step.packs)) > 1:
-        need = -(-step.tokens // plan.world_size)
-        raise BatchError(
-            f"step {step.step}: batch.images={plan.images} needs about {need} tokens on each of {plan.world_size} "
-            f"ranks but batch.pack_tokens={plan.pack_tokens}: raise batch.pack_tokens (a tenth above it leaves room), "
-            "lower batch.images, or use more ranks",
-            on_every_rank=True,
         )
 
 

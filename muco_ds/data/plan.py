@@ -25,7 +25,10 @@ SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions ne
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step. `packs[rank]` lists that rank's packs, each an array of sample positions."""
+    """One optimizer step. `packs[rank]` lists that rank's packs, each an array of sample positions.
+
+    Every rank has as many packs as the others; a rank with less work ends with empty ones.
+    """
 
     step: int
     epoch: int
@@ -103,6 +106,8 @@ class Plan:
         turns_B = self._turn_counts(samples_B)
         rank_flops = np.array([costs.flops_B[rank].sum() for rank in assignment])
         n_packs = max(map(len, packs))
+        for rank_packs in packs:  # equally many everywhere: every forward is a collective under ZeRO-3
+            rank_packs += [np.empty(0, np.int64)] * (n_packs - len(rank_packs))
         return StepPlan(
             step=step,
             epoch=epoch,

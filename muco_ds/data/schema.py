@@ -6,6 +6,7 @@ S segments, J gathered key/value rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -103,6 +104,18 @@ class PackedBatch:
     @property
     def patches(self) -> int:
         return self.pixels_PC.shape[0] if self.has_images else 0
+
+
+def by_side(
+    emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch]
+) -> tuple[torch.Tensor, torch.Tensor, RowCounts]:
+    """Pooled rows of several packs in the order of one: (emb_ED, ids_E3, counts), queries, targets, negatives."""
+    sizes = [(pack.counts.queries, pack.counts.targets, pack.counts.negatives) for pack in packs]
+    emb_sides = zip(*(emb.split(size) for emb, size in zip(emb_parts, sizes, strict=True)), strict=True)
+    ids_sides = zip(*(pack.ids_E3.split(size) for pack, size in zip(packs, sizes, strict=True)), strict=True)
+    emb_ED = torch.cat([part for side in emb_sides for part in side])
+    ids_E3 = torch.cat([part for side in ids_sides for part in side])
+    return emb_ED, ids_E3, RowCounts(*(sum(size) for size in zip(*sizes, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,13 @@ class PoolingNorm(nn.Module):
     def forward(self, hidden_1TD: torch.Tensor) -> torch.Tensor:
         assert self._emb_index_E is not None, "call inside `at(emb_index_E)`"
         return pool_normalize(hidden_1TD[0], self._emb_index_E, self.weight, self.eps)
+
+
+@dataclass
+class KeptVision:
+    """Output of a frozen vision tower for one pack, between the two passes of a gradient cache."""
+
+    features_ND: torch.Tensor | None = None
 
 
 class Embedder(nn.Module):
@@ -117,11 +125,16 @@ class Embedder(nn.Module):
             self, self.packer, dialogues, pack_tokens=pack_tokens, device=device, shared=False, progress=description
         ).numpy()
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Embeddings of every pooled row of a pack, [E, D] float32, unit length."""
+    def forward(self, batch: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
+        """Embeddings of every pooled row of a pack, [E, D] float32, unit length.
+
+        Args:
+            kept: where the output of a frozen vision tower is left by the first forward of this pack and found by the
+                second.
+        """
         text = self.model.language_model
         inputs_1TD = text.embed_tokens(batch.input_ids_T)[None]
-        inputs_1TD = self._with_images(inputs_1TD, batch)
+        inputs_1TD = self._with_images(inputs_1TD, batch, kept)
         with text.norm.at(batch.emb_index_E):
             out = text(
                 inputs_embeds=inputs_1TD,
@@ -133,10 +146,15 @@ class Embedder(nn.Module):
             )
         return out.last_hidden_state
 
-    def _with_images(self, inputs_1TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        visual = self.model.visual
-        with torch.no_grad() if self.freeze_vision else nullcontext():
-            features_ND = visual(batch.pixels_PC.to(visual.dtype), grid_thw=batch.grid_thw_I3).pooler_output
+    def _with_images(self, inputs_1TD: torch.Tensor, batch: PackedBatch, kept: KeptVision | None) -> torch.Tensor:
+        if kept is not None and kept.features_ND is not None:
+            features_ND = kept.features_ND
+        else:
+            visual = self.model.visual
+            with torch.no_grad() if self.freeze_vision else nullcontext():
+                features_ND = visual(batch.pixels_PC.to(visual.dtype), grid_thw=batch.grid_thw_I3).pooler_output
+        if kept is not None and self.freeze_vision:
+            kept.features_ND = features_ND
         features_ND = features_ND.to(inputs_1TD.dtype)
         if not batch.has_images:
             # The dummy picture keeps ranks in step (ZeRO-3 gathers, gradient reductions) and must change nothing.

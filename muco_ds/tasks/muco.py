@@ -5,16 +5,17 @@ Shape suffixes: E pooled rows of this rank, R its query rows, K keys of all rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from muco_ds.config import LossOptions
-from muco_ds.data.schema import PackedBatch, RowCounts
+from muco_ds.data.schema import PackedBatch, RowCounts, by_side
 from muco_ds.distributed.gather import gather_rows, gather_table
 from muco_ds.losses import RowIds, info_nce
-from muco_ds.models.embedder import Embedder
+from muco_ds.models.embedder import Embedder, KeptVision
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,30 @@ class MuCoTask(nn.Module):
         self.embedder = embedder
         self.options = options
 
-    def forward(self, pack: PackedBatch) -> torch.Tensor:
+    def forward(self, pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
         """Embeddings of a pack, emb_ED; this is what the DeepSpeed engine runs."""
-        return self.embedder(pack)
+        return self.embedder(pack, kept)
 
-    def loss(self, emb_ED: torch.Tensor, pack: PackedBatch, rows_per_rank: list[RowCounts]) -> TaskLoss:
-        """InfoNCE of this rank's rows against the keys of all ranks.
+    def loss(
+        self, emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch], rows_per_rank: list[RowCounts]
+    ) -> TaskLoss:
+        """InfoNCE of this rank's rows, the embeddings of all its packs, against the keys of all ranks.
 
         Data-parallel averaging divides by the world size W, so `local sum * W / global rows` gives exactly the
         gradient of the mean over the global batch, whatever each rank holds (docs/design.md).
         """
-        queries, targets = pack.counts.queries, pack.counts.targets
-        key_ED, key_ids_E3 = emb_ED[queries:], pack.ids_E3[queries:]
+        emb_ED, ids_E3, counts = by_side(emb_parts, packs)
+        queries, targets = counts.queries, counts.targets
+        key_ED, key_ids_E3 = emb_ED[queries:], ids_E3[queries:]
         key_KD = gather_rows(key_ED, [rows.keys for rows in rows_per_rank])
         key_ids_K3 = gather_table(key_ids_E3, [rows.keys for rows in rows_per_rank])
-        forward = self._info_nce(emb_ED[:queries], pack.ids_E3[:queries], key_KD, key_ids_K3)
+        forward = self._info_nce(emb_ED[:queries], ids_E3[:queries], key_KD, key_ids_K3)
         world_size = len(rows_per_rank)
         loss = forward.loss_sum * (world_size / sum(rows.queries for rows in rows_per_rank))
         if self.options.symmetric:
             query_counts = [rows.queries for rows in rows_per_rank]
             query_KD = gather_rows(emb_ED[:queries], query_counts)
-            query_ids_K3 = gather_table(pack.ids_E3[:queries], query_counts)
+            query_ids_K3 = gather_table(ids_E3[:queries], query_counts)
             backward = self._info_nce(key_ED[:targets], key_ids_E3[:targets], query_KD, query_ids_K3)
             loss = (loss + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
         stats = {**forward.stats, "loss": loss.detach() / world_size}

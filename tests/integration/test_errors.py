@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from programs import EVALUATE, TRAIN, Demo, Programs, metrics, refusal
 
 WITHIN_S = 60.0
@@ -96,7 +97,6 @@ CASES = {
     "no usable picture": Case(no_good_picture, ("train.parquet", "no usable row", "row 0", "00000.png")),
     "unknown model type": Case(other_model_type, ("model.path", "'bert'", "qwen2_vl, qwen2_5_vl")),
     "no config.json": Case(lambda _, folder: {"model.path": folder}, ("model.path", "config.json", "give")),
-    "no fit": Case({"batch.images": 48}, ("step 0", "batch.images=48", "batch.pack_tokens=4096", "raise"), 2),
     "fewer examples than ranks": Case({"batch.images": 2}, ("batch.images=2", "3 ranks", "raise it"), 3),
     "fewer rows than a batch": Case({"batch.images": 65}, ("batch.images=65", "64 usable rows", "lower")),
     "DeepSpeed clash": Case(json_clash, ("clash.json", "train_batch_size", "512", 'write "auto"'), 2),

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from programs import REPOSITORY, Demo, Programs
 from safetensors.torch import load_file
 from transformers import AutoModel, Qwen2VLModel
 
@@ -25,6 +24,8 @@ from muco_ds.errors import UserError
 from muco_ds.export import PREFIX, Exported, export_checkpoint
 from muco_ds.export_st import chat_template
 from muco_ds.models.backbones import load_tokenizer
+
+from programs import REPOSITORY, Demo, Programs
 
 CONVERT = REPOSITORY / "tools" / "convert_ckpt.py"
 FROZEN = "visual.blocks.0.attn.qkv.weight"

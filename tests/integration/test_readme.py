@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from programs import REPOSITORY, Programs
 
 README = REPOSITORY / "README.md"

@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
-from programs import REPOSITORY, TRAIN, Demo, Programs, losses
 
 from muco_ds.config_cli import load_config
+
+from programs import REPOSITORY, TRAIN, Demo, Programs, losses
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 JSONS = sorted((REPOSITORY / "ds_configs").glob("*.json"))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from programs import Demo, Job, Programs, losses, metrics, refusal
 
 STEPS, RANKS = 8, 2

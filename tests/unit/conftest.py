@@ -10,6 +10,7 @@ import tempfile
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="muco_ds_tests_")  # read when `datasets` is first imported
 
 import pytest
+
 from demo import Demo, Rows, build_demo_folder, open_data, write_mixed
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

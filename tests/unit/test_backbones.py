@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, model_folder, new_embedder
 from transformers import PreTrainedModel
 
 from muco_ds.errors import UserError
@@ -23,6 +22,8 @@ from muco_ds.models.backbones import (
     load_tokenizer,
     verify_weights,
 )
+
+from tiny_models import KINDS, model_folder, new_embedder
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows
 
 from muco_ds.data.collator import QUERY, TARGET, Packer, Side
 from muco_ds.data.demo_scenes import M3T_SCHEMA
 from muco_ds.data.images import ImageError
 from muco_ds.data.index import target_hash
 from muco_ds.data.schema import TURNS_PER_SAMPLE, Dialogue, PackedBatch, RowCounts
+
+from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows
 
 
 def turn_texts(packer: Packer, batch: PackedBatch) -> list[str]:

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import KINDS, POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue
 
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.models.attention import segment_attention
-from muco_ds.models.embedder import Embedder
+from muco_ds.models.embedder import Embedder, KeptVision
+
+from tiny_models import KINDS, POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue
 
 ONE = Dialogue(("What is in the top left corner?",), (picture(1),))
 TEXT = Dialogue(("the colours are red and blue",))
@@ -233,8 +234,21 @@ def test_pack_without_pictures_gives_the_tower_zero_gradients_and_no_influence(
         assert grad is not None, f"{name}: None would leave this rank out of a gradient reduction"
         assert (".visual." in name) == (not grad.any()), name
     emb_ED = model(batch)
-    monkeypatch.setattr(model, "_with_images", lambda inputs_1TD, _: inputs_1TD)
+    monkeypatch.setattr(model, "_with_images", lambda inputs_1TD, *_: inputs_1TD)
     assert torch.equal(emb_ED, model(batch))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_tower_runs_once_for_both_passes(frozen: bool) -> None:
+    model = new_embedder(KINDS[0])
+    model.freeze_vision = frozen
+    batch = pack([ONE, TEXT], False, KINDS[0])
+    calls: list[int] = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    kept = KeptVision()
+    first_ED, second_ED = model(batch, kept), model(batch, kept)
+    assert torch.equal(first_ED, second_ED)
+    assert len(calls) == (1 if frozen else 2)
 
 
 def test_pooling_outside_a_forward_of_the_embedder_is_our_mistake() -> None:

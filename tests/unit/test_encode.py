@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import OPENING, export, model_folder, pack, packer, picture, stock_embedding
 
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.errors import UserError
@@ -17,6 +16,8 @@ from muco_ds.models import encode
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues, split_by_tokens
 from muco_ds.models.probe import probe_dialogues
+
+from tiny_models import OPENING, export, model_folder, pack, packer, picture, stock_embedding
 
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<|emb|>"
 

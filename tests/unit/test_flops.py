@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from demo import Demo
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLModel
 
 from muco_ds.flops import FlopsModel, peak_flops
+
+from demo import Demo
 
 VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_picture
 from PIL import Image
 
 from muco_ds.data.images import ImageError, ImageLimits, ImagePipeline, decode, read_size
 from muco_ds.models.backbones import load_image_processor
+
+from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_picture
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows
 
 from muco_ds.data import index as index_module
 from muco_ds.data.demo_scenes import M3T_SCHEMA
@@ -17,6 +16,8 @@ from muco_ds.data.images import ImageLimits, ImagePipeline
 from muco_ds.data.index import Index, Indexer, image_id, index_path, open_index, target_hash
 from muco_ds.data.readers import M3TReader
 from muco_ds.errors import UserError
+
+from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows
 
 
 def content(index: Index) -> tuple[bytes, bytes, bytes, str]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_mixed, write_picture
 
 from muco_ds.config_cli import load_config
 from muco_ds.data import index as index_module
+
+from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_mixed, write_picture
 
 ROOT = Path(__file__).parents[2]
 

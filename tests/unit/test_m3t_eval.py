@@ -8,12 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_models import demo_folder, embedder, pack, packer
 
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import Dialogue, Record, RecordTurn
 from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TTask
+
+from tiny_models import demo_folder, embedder, pack, packer
 
 
 def record(row: int, *turns: tuple[str, str], image: str = "i.png", targets: tuple[str, ...] = ()) -> Record:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import embedder, new_embedder
 from torch import nn
 
 from muco_ds.config import OptimOptions
 from muco_ds.optim import build_optimizer, learning_rate
+
+from tiny_models import embedder, new_embedder
 
 
 def test_norms_and_biases_are_not_decayed() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tiny_models import demo_folder
 
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import Record, RecordTurn
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
 from muco_ds.eval.retrieval import Ranking, rank_candidates
+
+from tiny_models import demo_folder
 
 
 def ranking(task: M3TTask, right: bool) -> Ranking:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import Rows
 
 from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index
 from muco_ds.data.plan import Plan, largest_first, longest_tokens
 from muco_ds.data.schema import RowCounts
 from muco_ds.errors import UserError
+
+from demo import Rows
 
 
 def synthetic_index(samples: int, seed: int = 0, paraphrases: int = 3) -> Index:

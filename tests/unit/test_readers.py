@@ -7,12 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from demo import row, write_picture, write_rows
 
 from muco_ds.data.demo_scenes import M3T_SCHEMA
 from muco_ds.data.readers import M3TReader, RowError
 from muco_ds.data.schema import RecordTurn
 from muco_ds.errors import UserError
+
+from demo import row, write_picture, write_rows
 
 
 def reader_of(root: Path, *rows: dict[str, Any], schema: pa.Schema | None = M3T_SCHEMA) -> M3TReader:

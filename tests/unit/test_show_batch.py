@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from demo import MAX_PIXELS, MIN_PIXELS, Demo
 from PIL import Image
 
 from muco_ds.data.batch_picture import ROLES
+
+from demo import MAX_PIXELS, MIN_PIXELS, Demo
 
 TOOL = Path(__file__).parents[2] / "tools" / "show_batch.py"
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from demo import Demo
 from transformers import AutoConfig, Qwen2VLModel
 
 from muco_ds.data.templates import ChatTemplate, Rendered
+
+from demo import Demo
 
 MERGE = 2
 Grid = tuple[int, int, int]
