@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader forks; th
 from muco_ds.config import check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.distributed import env
-from muco_ds.distributed.stop import EXIT_REQUEUE
+from muco_ds.distributed.lockstep import EXIT_REQUEUE
 from muco_ds.errors import exit_on_user_error
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +23,8 @@ from muco_ds.data.loader import step_batches
 from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env
 from muco_ds.distributed.gradient_cache import cached_backward
-from muco_ds.distributed.stop import StopSignal
+from muco_ds.distributed.lockstep import Lockstep
+from muco_ds.distributed.watchdog import Watchdog
 from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
@@ -50,7 +52,7 @@ class Trainer:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.folder = Path(config.run.dir) / config.run.name
-        self.stop = StopSignal()
+        self.lockstep = Lockstep()
         self.data = build_data(config)  # first, because its mistakes are found in seconds
         self.validation = validation_records(config, self.data.packer)
         self.max_steps = _max_steps(config, self.data.plan.steps_per_epoch)
@@ -79,30 +81,41 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the last step. False when a signal ended the run early (state saved)."""
+        bar = tqdm(total=self.max_steps, initial=self.start_step, desc=self.config.run.name, disable=not env.is_main())
+        with bar, closing(Watchdog(self.folder / "stacks")) as watchdog:
+            finished = self._steps(bar, watchdog)
+        if self.metrics is not None:
+            self.metrics.close()
+        return finished
+
+    def _steps(self, bar: tqdm, watchdog: Watchdog) -> bool:
+        """Step, log, validate and save to the end of the run or to a signal."""
         config, meter = self.config, Meter()
-        bar = tqdm(total=self.max_steps, initial=self.start_step, desc=config.run.name, disable=not env.is_main())
-        step, stopped = self.start_step, False
+        step = saved = self.start_step
+        stopped = False
         for batch, waited in self._batches():
+            watchdog.step()
+            if stopped := self.lockstep.stop_before(batch):
+                break
             stats = self.train_step(batch)
             step = batch.step + 1
-            last, stopped = step == self.max_steps, self.stop.agreed()
+            last = step == self.max_steps
             meter.add(batch, waited)
             bar.update()
             held_out = {}
             if _due(step, config.validation.every, last):
-                with meter.paused():
+                with watchdog.resting(), meter.paused():
                     held_out = self._validate(step)
             if held_out or _due(step, config.log.every, last):
                 bar.set_postfix_str(self._log(batch, stats, meter, held_out))
-            if stopped or _due(step, config.checkpoint.every, last):
-                with meter.paused():
+            if _due(step, config.checkpoint.every, last):
+                with watchdog.resting(), meter.paused():
                     self._save(step)
-            if stopped:
-                break
-        bar.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        return not stopped or step >= self.max_steps
+                saved = step
+        with watchdog.resting():
+            if step > saved:
+                self._save(step)
+        return not stopped
 
     def dry_run(self, look_ahead: int = 50) -> None:
         """Forward and backward of the largest of the first steps, without an update: fail in the first minute."""

@@ -37,6 +37,7 @@ class StepDataset(Dataset[StepBatch | UserError]):
             step=step,
             epoch=plan.epoch,
             packs=packs,
+            plan_digest=plan.digest(),
             rows_per_rank=plan.rows_per_rank,
             sample_rows=self.plan.index.samples["row"][np.concatenate(plan.packs[self.rank])],
             images=plan.images,

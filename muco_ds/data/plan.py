@@ -8,6 +8,7 @@ Shape suffixes: B examples of the global batch, N turns of those examples.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from dataclasses import dataclass
 
@@ -43,6 +44,14 @@ class StepPlan:
     @property
     def images(self) -> int:
         return sum(len(pack) for rank in self.packs for pack in rank)
+
+    def digest(self) -> int:
+        """63 bits that differ when any rank would work on other examples, or on the same ones in other packs."""
+        digest = hashlib.blake2b(str(self.step).encode(), digest_size=8)
+        for rank in self.packs:
+            for pack in rank:
+                digest.update(len(pack).to_bytes(8, "little") + pack.astype(np.int64).tobytes())
+        return int.from_bytes(digest.digest(), "little") >> 1
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ class StepBatch:
     step: int
     epoch: int
     packs: list[PackedBatch]
+    plan_digest: int  # of the whole step's plan: equal on every rank, or they are about to do different things
     rows_per_rank: list[RowCounts]
     sample_rows: np.ndarray  # data set rows of this rank, for messages
     images: int  # of the global batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +127,16 @@ def test_what_one_rank_alone_finds_wrong_ends_all_of_them(demo: Demo, programs: 
     argv = demo.train(tmp_path / "runs", {"model.path": f"{tmp_path}/model_{{rank}}"})
     line = refusal(programs.run(argv, ranks=2, timeout=WITHIN_S))
     assert "model_1" in line and "config.json" in line
+
+
+def test_ranks_that_diverge_end_with_the_name_of_the_one_that_differs(
+    demo: Demo, programs: Programs, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("diverging_train.py")
+    started = time.monotonic()
+    line = refusal(programs.run([script, *demo.train(tmp_path)[1:]], ranks=2))
+    assert "rank 1 differs at step 2: plan" in line and "same on all machines" in line
+    assert time.monotonic() - started < 60, "the ranks waited for each other"
 
 
 def test_the_launcher_ends_with_one_line_and_the_status(demo: Demo, programs: Programs, tmp_path: Path) -> None:
