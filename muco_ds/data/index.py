@@ -28,7 +28,7 @@ from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 
-VERSION = 2
+VERSION = 3
 CHUNK_ROWS = 256
 _VISIBLE_WITHIN_S = 60.0  # network file systems may show a new folder late
 
@@ -45,7 +45,7 @@ SAMPLE = np.dtype(
         ("patches_squared", "i8"),  # sum over pictures of patches^2: the vision tower's attention
     ]
 )
-TURN = np.dtype([("target_tokens", "i4"), ("kind", "i4"), ("target_hash", "i8"), ("question_end", "i8")])
+TURN = np.dtype([("target_tokens", "i4"), ("target_hash", "i8"), ("question_end", "i8")])
 QUESTION = np.dtype("i4")  # tokens of each paraphrase
 
 
@@ -115,7 +115,7 @@ class Indexer:
             for turn in record.turns:
                 questions += [next(tokens) for _ in turn.questions]
                 hashed = target_hash(turn.target, record.target_images)
-                turns.append((next(tokens), turn.kind, hashed, len(questions)))
+                turns.append((next(tokens), hashed, len(questions)))
             samples.append((row, len(turns), image_id(record), *images))
         return Measured(np.array(samples, SAMPLE), np.array(turns, TURN), np.array(questions, QUESTION), bad)
 

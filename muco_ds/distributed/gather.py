@@ -33,9 +33,9 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 def gather_rows(local_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """All ranks' rows in rank order: rows_KD, K = sum(counts), with a gradient.
 
-    ``counts`` are the rows of each rank, the same list on every rank (the batch plan knows it, else
-    ``exchange_counts``), so nothing waits for the device. A rank may hold no rows. The backward of this rank is the sum
-    over all ranks of the gradients of its rows.
+    ``counts`` are the rows of each rank, the same list on every rank (the batch plan knows it), so nothing waits for
+    the device. A rank may hold no rows. The backward of this rank is the sum over all ranks of the gradients of its
+    rows.
 
     Both passes are collective: every rank must call it, with inputs that require a gradient on all ranks or on none,
     and must run the backward through the result, also where it has no rows of its own. With one process or without a
@@ -51,16 +51,6 @@ def gather_table(ids_NC: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     if not _is_collective(ids_NC, counts):
         return ids_NC
     return _all_gather_ragged(ids_NC, tuple(counts))
-
-
-def exchange_counts(n: int) -> list[int]:
-    """Every rank's ``n`` in rank order, for callers that cannot know it; waits for the device."""
-    if _world_size() == 1:
-        return [n]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    counts_W = torch.empty(_world_size(), dtype=torch.int64, device=device)
-    _all_gather_single(counts_W, torch.tensor([n], dtype=torch.int64, device=device))
-    return counts_W.tolist()
 
 
 def _world_size() -> int:

@@ -57,7 +57,7 @@ def test_every_number_is_that_of_the_record(mixed: Rows) -> None:
             counts = mixed.index.question_tokens[slice(*mixed.index.question_bounds(first_turn + j))]
             assert counts.tolist() == [len(ids) for ids in template.encode_texts(turn.questions)]
             assert entry["target_tokens"] == len(template.encode_texts([turn.target])[0])
-            assert entry["kind"] == j and entry["target_hash"] == target_hash(turn.target, record.target_images)
+            assert entry["target_hash"] == target_hash(turn.target, record.target_images)
 
 
 def test_bad_rows_are_listed_and_left_out(demo: Demo, tmp_path: Path) -> None:
