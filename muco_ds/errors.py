@@ -44,4 +44,9 @@ def exit_on_user_error() -> Iterator[None]:
         elif not error.on_every_rank:
             time.sleep(_GRACE_S)
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            # The interpreter's own end destroys the collectives' threads while other ranks may still be using them,
+            # which now and then aborts the process instead (seen with gloo: status -6).
+            sys.stdout.flush()
+            os._exit(2)
         sys.exit(2)
