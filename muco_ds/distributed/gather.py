@@ -41,14 +41,14 @@ def gather_rows(local_ND: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     and must run the backward through the result, also where it has no rows of its own. With one process or without a
     process group it returns its argument.
     """
-    if not _is_collective(local_ND, counts):
+    if not is_collective(local_ND, counts):
         return local_ND
     return _GatherRows.apply(local_ND, tuple(counts))
 
 
 def gather_table(ids_NC: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """``gather_rows`` for tables without a gradient, such as int64 ids: table_KC in rank order."""
-    if not _is_collective(ids_NC, counts):
+    if not is_collective(ids_NC, counts):
         return ids_NC
     return _all_gather_ragged(ids_NC, tuple(counts))
 
@@ -57,7 +57,7 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _is_collective(local: torch.Tensor, counts: Sequence[int]) -> bool:
+def is_collective(local: torch.Tensor, counts: Sequence[int]) -> bool:
     """Whether there is anything to exchange; all ranks answer alike, since they hold the same counts."""
     world = _world_size()
     rank = dist.get_rank() if world > 1 else 0
@@ -65,7 +65,7 @@ def _is_collective(local: torch.Tensor, counts: Sequence[int]) -> bool:
     return world > 1 and sum(counts) > 0
 
 
-def _pad(rows: torch.Tensor, length: int) -> torch.Tensor:
+def pad_rows(rows: torch.Tensor, length: int) -> torch.Tensor:
     if len(rows) == length:
         return rows.contiguous()
     padded = rows.new_zeros(length, *rows.shape[1:])
@@ -76,7 +76,7 @@ def _pad(rows: torch.Tensor, length: int) -> torch.Tensor:
 def _all_gather_ragged(local: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
     longest = max(counts)
     padded = local.new_empty(len(counts) * longest, *local.shape[1:])
-    _all_gather_single(padded, _pad(local, longest))
+    _all_gather_single(padded, pad_rows(local, longest))
     if min(counts) == longest:
         return padded
     return torch.cat([rows[:count] for rows, count in zip(padded.split(longest), counts, strict=True)])
@@ -92,7 +92,7 @@ class _GatherRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_KD: torch.Tensor) -> tuple[torch.Tensor, None]:
         counts, longest = ctx.counts, max(ctx.counts)
-        padded = torch.cat([_pad(rows, longest) for rows in grad_KD.split(counts)])
+        padded = torch.cat([pad_rows(rows, longest) for rows in grad_KD.split(counts)])
         mine_MD = torch.empty_like(padded[:longest])
         _reduce_scatter_single(mine_MD, padded)
         return mine_MD[: counts[dist.get_rank()]], None

@@ -1,6 +1,6 @@
 """MuCo pre-training (arXiv 2602.06393): each question of a picture against the targets of every other picture.
 
-Shape suffixes: E pooled rows of this rank, R its query rows, K keys of all ranks, D embedding size.
+Shape suffixes: E pooled rows of this rank, R rows of a loss and N keys of this rank, K keys of all, D embedding size.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from torch import nn
 from muco_ds.config import LossOptions
 from muco_ds.data.schema import PackedBatch, RowCounts, by_side
 from muco_ds.distributed.gather import gather_rows, gather_table
-from muco_ds.losses import RowIds, info_nce
+from muco_ds.distributed.ring import ring_info_nce
+from muco_ds.losses import InfoNCE, RowIds, info_nce
 from muco_ds.models.embedder import Embedder, KeptVision
+
+GATHERED_BYTES = 2**30
+"""Most bytes of keys that every rank gathers: beyond, a ring costs a rank less memory and hides its transfers."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +55,42 @@ class MuCoTask(nn.Module):
         """
         emb_ED, ids_E3, counts = by_side(emb_parts, packs)
         queries, targets = counts.queries, counts.targets
-        key_ED, key_ids_E3 = emb_ED[queries:], ids_E3[queries:]
-        key_KD = gather_rows(key_ED, [rows.keys for rows in rows_per_rank])
-        key_ids_K3 = gather_table(key_ids_E3, [rows.keys for rows in rows_per_rank])
-        forward = self._info_nce(emb_ED[:queries], ids_E3[:queries], key_KD, key_ids_K3)
+        query_ED, key_ED, query_ids_E3, key_ids_E3 = (
+            emb_ED[:queries],
+            emb_ED[queries:],
+            ids_E3[:queries],
+            ids_E3[queries:],
+        )
+        forward = self._info_nce(query_ED, query_ids_E3, key_ED, key_ids_E3, [rows.keys for rows in rows_per_rank])
         world_size = len(rows_per_rank)
         loss = forward.loss_sum * (world_size / sum(rows.queries for rows in rows_per_rank))
         if self.options.symmetric:
+            target_ED, target_ids_E3 = key_ED[:targets], key_ids_E3[:targets]
             query_counts = [rows.queries for rows in rows_per_rank]
-            query_KD = gather_rows(emb_ED[:queries], query_counts)
-            query_ids_K3 = gather_table(ids_E3[:queries], query_counts)
-            backward = self._info_nce(key_ED[:targets], key_ids_E3[:targets], query_KD, query_ids_K3)
+            backward = self._info_nce(target_ED, target_ids_E3, query_ED, query_ids_E3, query_counts)
             loss = (loss + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
         stats = {**forward.stats, "loss": loss.detach() / world_size}
         return TaskLoss(loss, stats)
 
-    def _info_nce(self, row_RD, row_ids_R3, key_KD, key_ids_K3):  # type: ignore[no-untyped-def]
-        return info_nce(
-            row_RD,
-            key_KD,
-            RowIds.from_table(row_ids_R3),
-            RowIds.from_table(key_ids_K3),
-            temperature=self.options.temperature,
-            mask_same_image=self.options.mask_same_image,
-            mask_same_target=self.options.mask_same_target,
-        )
+    def _info_nce(
+        self,
+        row_RD: torch.Tensor,
+        row_ids_R3: torch.Tensor,
+        key_ND: torch.Tensor,
+        key_ids_N3: torch.Tensor,
+        counts: list[int],
+    ) -> InfoNCE:
+        """This rank's rows against the keys of all ranks, which hold `counts` of them."""
+        names = ("temperature", "mask_same_image", "mask_same_target")
+        options = {name: getattr(self.options, name) for name in names}
+        row_ids = RowIds.from_table(row_ids_R3)
+        if self._travels(key_ND, counts):
+            return ring_info_nce(row_RD, key_ND, row_ids, RowIds.from_table(key_ids_N3), counts, **options)
+        key_ids_K3 = gather_table(key_ids_N3, counts)
+        return info_nce(row_RD, gather_rows(key_ND, counts), row_ids, RowIds.from_table(key_ids_K3), **options)
+
+    def _travels(self, key_ND: torch.Tensor, counts: list[int]) -> bool:
+        """Whether the keys go round in a ring instead of being gathered; every rank decides alike."""
+        if self.options.key_exchange != "auto":
+            return self.options.key_exchange == "ring"
+        return sum(counts) * key_ND.shape[1] * key_ND.element_size() > GATHERED_BYTES

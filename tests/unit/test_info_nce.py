@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muco_ds.losses import InfoNCE, RowIds, info_nce, info_nce_dense
+from muco_ds.losses.tiles import label_ids
 
 Loss = Callable[..., InfoNCE]
 BOTH = pytest.mark.parametrize("loss", [info_nce, info_nce_dense])
@@ -213,6 +214,24 @@ def test_stats_equal_a_loop_over_rows(loss: Loss) -> None:
     assert 0 < want["masked"] < want["entries"] and result.count == 11
     assert {name: value.item() for name, value in result.stats.items()} == pytest.approx(want, rel=1e-5)
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in result.stats.values())
+
+
+@BOTH
+def test_ids_are_compared_in_all_64_bits(loss: Loss) -> None:
+    query_RD, key_KD, *_ = make_batch(3, 3)
+    table = ids(*[(i * 2**32, i * 2**33, i * 2**34 - 2**62) for i in range(3)])
+    result = loss(query_RD, key_KD, table, table)
+    assert result.stats["masked"] == 0 and result.loss_sum.isfinite()
+
+
+def test_labels_agree_where_the_ids_do_and_nowhere_else() -> None:
+    *_, query, key = make_batch(7, 31)
+    query_label, key_label = label_ids(query, key)
+    for name in vars(query):
+        want = getattr(query, name)[:, None] == getattr(key, name)
+        labels = getattr(query_label, name), getattr(key_label, name)
+        assert torch.equal(labels[0][:, None] == labels[1], want)
+        assert all(label.dtype == torch.int32 and label.is_contiguous() and (label >= 0).all() for label in labels)
 
 
 def test_a_tie_with_a_negative_is_not_a_top1() -> None:

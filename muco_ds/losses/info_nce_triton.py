@@ -1,0 +1,284 @@
+"""The block functions of ``muco_ds.losses.tiles`` as Triton kernels, for bfloat16 and float32 embeddings on CUDA.
+
+Shape legend: R rows, k keys of one block, D embedding width, S splits of the keys, r and c the rows and keys of one
+gradient tile.
+
+*Forward.* ``_scan_kernel`` multiplies tiles of rows and keys, evaluates the masks from the ids and keeps each row's
+maximum, sum of exponentials, positive and counts in registers over every S-th tile of keys; only S partial results per
+row are stored, S being fixed so that small R still fills the GPU and the order of the sums never changes.
+
+*Backward.* ``_gradient_kernel`` recomputes the logits and stores dL/ds of a tile of at most ``GRADIENT_TILE`` entries
+in the embeddings' dtype (bfloat16: 268 MB, 1.6 % of the float32 logits of 65,536 x 65,536); cuBLAS then adds its two
+products to float32 gradients. A product with the tile kept on chip would need a [128, D] accumulator per program, 768
+KB at D = 1,536 where a multiprocessor has 256 KB of registers, so D would be split and the logits recomputed for each
+part; even unsplit, kernels for each of the two gradients recompute the logits twice: 10 R K D operations for 6 useful
+ones, at best 60 % of the matrix rate. With the tile it is 8, at best 75 %. The tile costs 6 bytes of traffic per entry
+against 6 D operations of the products that use it, and its shape keeps the traffic of the float32 sums (8 bytes per
+entry of the gradients and tile) under a tenth of the products' time.
+
+Nothing is atomic: equal inputs give equal bits.
+
+Precision. Products of bfloat16 are summed in float32 and scaled by 1 / temperature *after* the product: scaled queries
+would be rounded to bfloat16 a second time. float32 embeddings are multiplied as three tf32 products, which keeps
+float32's accuracy (plain tf32 keeps 10 bits of each factor, no more than float16 embeddings would) on tensor cores,
+where exact float32 does not run. The products with dL/ds, which is rounded once to the embeddings' dtype, are cuBLAS's:
+for float32 they follow ``torch.set_float32_matmul_precision``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from muco_ds.losses.tiles import Block, RowState, slices
+
+# bfloat16: 128 registers a thread and three stages of 32 KB leave room for two programs on a multiprocessor (one on an
+# A100, with 164 KB of shared memory to 228): one's masks and exponentials run under the other's product. With 4 warps,
+# or 256 keys, the 128 x 128 logits spill to memory more. The three products of float32 need the registers of one.
+BLOCK_R, BLOCK_K = 128, 128
+BLOCK_D_BYTES = 128
+OPTIONS: dict[torch.dtype, dict[str, int]] = {
+    torch.bfloat16: {"num_warps": 8, "num_stages": 3, "maxnreg": 128},
+    torch.float32: {"num_warps": 8, "num_stages": 3},
+}
+# Rows of tiles that run together: 16 of them and as many tiles of keys stay in the L2 cache (13 MB at D = 1,536).
+GROUP = 16
+SPLITS = 32
+GRADIENT_TILE = (8192, 16384)
+# Triton's interpreter computes bfloat16 wrongly: there the kernels widen it after loading.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IMAGE, PAIR, TARGET = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # columns of the ids
+
+
+@triton.jit
+def _place(n_row_blocks, n_columns, GROUP: tl.constexpr):
+    """(row block, column) of this program: down the rows of a group first, then on to the next column."""
+    program = tl.program_id(0)
+    first = program // (GROUP * n_columns) * GROUP
+    height = tl.minimum(n_row_blocks - first, GROUP)
+    within = program % (GROUP * n_columns)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _products(
+    query_ptr,
+    row_block,
+    n_rows,
+    key_ptr,
+    key_block,
+    n_keys,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """q . k of a block of rows and a block of keys, float32; those beyond the last repeat the last."""
+    # One 64-bit address per block: 64-bit offsets of every load would take the registers that the logits need.
+    first_row, first_key = tl.cast(row_block, tl.int64) * BLOCK_R, tl.cast(key_block, tl.int64) * BLOCK_K
+    row = tl.minimum(tl.arange(0, BLOCK_R), (n_rows - 1 - first_row).to(tl.int32))
+    key_row = tl.minimum(tl.arange(0, BLOCK_K), (n_keys - 1 - first_key).to(tl.int32))
+    query_ptr += first_row * DIM
+    key_ptr += first_key * DIM
+    d = tl.arange(0, BLOCK_D)
+    row_offset = row[:, None] * DIM + d[None, :]
+    key_offset = key_row[:, None] * DIM + d[None, :]
+    product = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        if DIM % BLOCK_D == 0:
+            query = tl.load(query_ptr + row_offset)
+            key = tl.load(key_ptr + key_offset)
+        else:
+            query = tl.load(query_ptr + row_offset, mask=d[None, :] < DIM - start, other=0.0)
+            key = tl.load(key_ptr + key_offset, mask=d[None, :] < DIM - start, other=0.0)
+        if INTERPRETED:
+            query = query.to(tl.float32)
+            key = key.to(tl.float32)
+        product = tl.dot(query, tl.trans(key), product, input_precision="tf32x3")
+        query_ptr += BLOCK_D
+        key_ptr += BLOCK_D
+    return product
+
+
+@triton.jit
+def _equal(COLUMN: tl.constexpr, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col):
+    """Whose labels agree in a column of the ids; a key beyond the last agrees with no row, labels being >= 0."""
+    query_label = tl.load(query_label_ptr + COLUMN * n_rows + row)
+    key_label = tl.load(key_label_ptr + COLUMN * n_keys + col, mask=col < n_keys, other=-1)
+    return query_label[:, None] == key_label[None, :]
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_keys", "n_splits"])
+def _scan_kernel(
+    query_ptr,
+    key_ptr,
+    query_label_ptr,
+    key_label_ptr,
+    scale_ptr,
+    stats_ptr,
+    n_dropped_ptr,
+    n_rows,
+    n_keys,
+    n_splits,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    SAME_IMAGE: tl.constexpr,
+    SAME_TARGET: tl.constexpr,
+):
+    row_block, split = _place(tl.cdiv(n_rows, BLOCK_R), n_splits, GROUP)
+    row_out = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.minimum(row_out, n_rows - 1)  # a row too many is computed and not stored
+    scale_log2 = tl.load(scale_ptr) * 1.4426950408889634  # 2^(x log2 e) = e^x
+    hardest = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_R], dtype=tl.float32)
+    positive_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
+    n_dropped = tl.zeros([BLOCK_R], dtype=tl.int32)
+    for block in range(split, tl.cdiv(n_keys, BLOCK_K), n_splits):
+        col = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        product = _products(query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D)
+        dropped = _equal(PAIR, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+        positive_sum += tl.sum(tl.where(dropped, product, 0.0), axis=1)
+        if SAME_IMAGE:
+            dropped = dropped | _equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+        if SAME_TARGET:
+            dropped = dropped | _equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+        negative = tl.where(dropped, float("-inf"), product)
+        negative += tl.where(col < n_keys, 0.0, float("-inf"))[None, :]
+        highest = tl.maximum(hardest, tl.max(negative, axis=1))
+        origin = tl.where(highest == float("-inf"), 0.0, highest)  # inf - inf is not a number
+        exponentials = tl.exp2((negative - origin[:, None]) * scale_log2)
+        total = total * tl.exp2((hardest - origin) * scale_log2) + tl.sum(exponentials, axis=1)
+        hardest = highest
+        # Counted from the -inf: a count of `dropped` itself keeps it in registers beside the logits, and they spill.
+        n_dropped += tl.sum(tl.where(negative == float("-inf"), 1.0, 0.0), axis=1).to(tl.int32)
+    out = split.to(tl.int64) * n_rows + row_out
+    stat = n_splits.to(tl.int64) * n_rows
+    stored = row_out < n_rows
+    tl.store(stats_ptr + out, hardest, mask=stored)
+    tl.store(stats_ptr + stat + out, total, mask=stored)
+    tl.store(stats_ptr + 2 * stat + out, positive_sum, mask=stored)
+    tl.store(n_dropped_ptr + out, n_dropped, mask=stored)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_keys"])
+def _gradient_kernel(
+    query_ptr,
+    key_ptr,
+    query_label_ptr,
+    key_label_ptr,
+    scale_ptr,
+    lse_ptr,
+    upstream_ptr,
+    grad_ptr,
+    n_rows,
+    n_keys,
+    stride_grad,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    SAME_IMAGE: tl.constexpr,
+    SAME_TARGET: tl.constexpr,
+):
+    row_block, block = _place(tl.cdiv(n_rows, BLOCK_R), tl.cdiv(n_keys, BLOCK_K), GROUP)
+    row_out = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.minimum(row_out, n_rows - 1)
+    col = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    scale = tl.load(scale_ptr)
+    product = _products(query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D)
+    lse = tl.load(lse_ptr + row)
+    upstream = tl.load(upstream_ptr + row) * scale
+    probability = tl.exp(product * scale - lse[:, None])
+    grad = probability
+    if SAME_IMAGE:
+        grad = tl.where(_equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col), 0.0, grad)
+    if SAME_TARGET:
+        grad = tl.where(_equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col), 0.0, grad)
+    positive = _equal(PAIR, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    grad = tl.where(positive, probability - 1.0, grad) * upstream[:, None]
+    out = row_out.to(tl.int64)[:, None] * stride_grad + col[None, :]
+    inside = (row_out < n_rows)[:, None] & (col < n_keys)[None, :]
+    tl.store(grad_ptr + out, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def _inputs(block: Block) -> list[torch.Tensor]:
+    """The arguments that both kernels begin with; labels are int32, one row per column of ids."""
+    labels = [
+        torch.stack([ids.image_id_N, ids.pair_id_N, ids.target_hash_N]) for ids in (block.query_ids, block.key_ids)
+    ]
+    return [block.query_RD.contiguous(), block.key_kD.contiguous(), *labels, block.scale]
+
+
+def _options(block: Block) -> dict[str, Any]:
+    dtype, dim = block.query_RD.dtype, block.query_RD.shape[1]
+    sizes = {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D_BYTES // dtype.itemsize, "GROUP": GROUP}
+    masks = {"SAME_IMAGE": block.masks.same_image, "SAME_TARGET": block.masks.same_target}
+    return {"DIM": dim, **sizes, **masks, **OPTIONS[dtype]}
+
+
+def scan_block(block: Block, state: RowState) -> None:
+    """``tiles.scan_block`` by the kernel."""
+    n_rows, n_keys = len(block.query_RD), len(block.key_kD)
+    if n_rows == 0 or n_keys == 0:
+        return
+    n_splits = min(SPLITS, triton.cdiv(n_keys, BLOCK_K))
+    stats_3SR = block.scale.new_empty(3, n_splits, n_rows)
+    n_dropped_SR = state.n_positive_R.new_empty(n_splits, n_rows)
+    with torch.cuda.device_of(block.query_RD):  # Triton launches on the current device
+        _scan_kernel[(triton.cdiv(n_rows, BLOCK_R) * n_splits,)](
+            *_inputs(block), stats_3SR, n_dropped_SR, n_rows, n_keys, n_splits, **_options(block)
+        )
+    hardest_SR, sum_SR, positive_SR = stats_3SR.unbind()
+    hardest_SR = hardest_SR * block.scale
+    state.positive_R += positive_SR.sum(0) * block.scale
+    sorted_k = block.key_ids.pair_id_N.sort().values
+    first_R, last_R = (torch.searchsorted(sorted_k, block.query_ids.pair_id_N, side=side) for side in ("left", "right"))
+    state.n_positive_R += last_R - first_R
+    # The kernel counts positives and the columns beyond the keys as well.
+    state.masked += n_dropped_SR.sum() - (last_R - first_R).sum() - n_rows * (-n_keys % BLOCK_K)
+    state.hardest_R = torch.maximum(state.hardest_R, hardest_SR.amax(0))
+    state.negative_lse_R = torch.logaddexp(state.negative_lse_R, (hardest_SR + sum_SR.log()).logsumexp(0))
+
+
+def add_block_gradients(
+    block: Block,
+    lse_R: torch.Tensor,
+    upstream_R: torch.Tensor,
+    grad_query_RD: torch.Tensor,
+    grad_key_kD: torch.Tensor,
+) -> None:
+    """``tiles.add_block_gradients``: the kernel for dL/ds of a tile, cuBLAS for its two products."""
+    n_rows, n_keys = len(block.query_RD), len(block.key_kD)
+    if n_rows == 0 or n_keys == 0:
+        return
+    tile_rows, tile_keys = min(n_rows, GRADIENT_TILE[0]), min(n_keys, GRADIENT_TILE[1])
+    # Rows of whole cache lines: cuBLAS takes slow kernels where rows begin at odd addresses.
+    stride = triton.cdiv(tile_keys, 64) * 64
+    workspace = block.query_RD.new_empty(tile_rows, stride)
+    upstream_R = upstream_R.contiguous()  # the gradient of a sum is one number seen as many
+    for row in slices(n_rows, tile_rows):
+        for col in slices(n_keys, tile_keys):
+            tile = block.rows(row).keys(col)
+            height, width = len(tile.query_RD), len(tile.key_kD)
+            grad_rc = workspace[:height, :width]
+            with torch.cuda.device_of(block.query_RD):
+                _gradient_kernel[(triton.cdiv(height, BLOCK_R) * triton.cdiv(width, BLOCK_K),)](
+                    *_inputs(tile), lse_R[row], upstream_R[row], grad_rc, height, width, stride, **_options(tile)
+                )
+            _add_product(grad_query_RD[row], grad_rc, tile.key_kD)
+            _add_product(grad_key_kD[col], grad_rc.T, tile.query_RD)
+
+
+def _add_product(sum_ND: torch.Tensor, left: torch.Tensor, right_D: torch.Tensor) -> None:
+    """sum += left @ right, in float32 whatever the factors."""
+    if left.is_cuda:
+        torch.addmm(sum_ND, left, right_D, out_dtype=sum_ND.dtype, out=sum_ND)
+    else:  # the kernels in Triton's interpreter: only CUDA has products of one dtype in another
+        sum_ND.addmm_(left.to(sum_ND.dtype), right_D.to(sum_ND.dtype))
