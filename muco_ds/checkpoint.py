@@ -6,6 +6,7 @@ checkpoints/step_0000100/
     probe.safetensors   embeddings of fixed items by the model that was saved
     meta.json       step, configuration, versions, world size
     manifest.json   every file with its size; written last
+    universal/      the same state for another number of ranks, where one asked for it (muco_ds/reshard.py)
 checkpoints/latest  name of the newest one
 """
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 TAG = "model"
 MANIFEST = "manifest.json"
+UNIVERSAL = "universal"
 
 
 class Checkpoints:
@@ -74,19 +76,16 @@ class Checkpoints:
         return final
 
     def _publish(self, work: Path, final: Path, files: dict[str, int]) -> None:
-        (work / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
-        _fsync(work / MANIFEST)
-        for folder in [path for path in work.rglob("*") if path.is_dir()] + [work]:
-            _fsync(folder)
-        shutil.rmtree(final, ignore_errors=True)
-        work.rename(final)
+        seal(work, final, {"files": files})
         pointer = self.folder / "latest.tmpfile"
         pointer.write_text(final.name + "\n")
-        _fsync(pointer)
+        flush(pointer)
         os.replace(pointer, self.folder / "latest")
-        _fsync(self.folder)
+        flush(self.folder)
         for old in self.complete(warn=False)[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
+        for unneeded in self.folder.glob(f"step_*/{UNIVERSAL}*"):  # a resumed run will start from `final`
+            shutil.rmtree(unneeded, ignore_errors=True)
 
     def complete(self, *, warn: bool = True) -> list[Path]:
         """Complete checkpoints, newest first. Ones with a missing or shortened file are passed over, and named."""
@@ -101,18 +100,27 @@ class Checkpoints:
                 log.warning("%s is not complete (%s): passed over", path, problem)
         return found
 
-    def load(self, engine: Any, path: Path) -> dict:
-        """Load weights and optimizer into the engine; returns meta.json's content."""
-        meta = read_meta(path)
-        if meta["world_size"] != env.world_size():
-            raise UserError(
-                f"{path}: written by {meta['world_size']} ranks, this run has {env.world_size()}: "
-                "start as many, or set run.name to begin another run"
-            )
-        loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
-        if loaded is None:  # DeepSpeed only warns, and the run would start from the first weights again
-            raise UserError(f"{path}: DeepSpeed can't load it: remove it to resume from an older one")
-        return meta
+
+def load_files(engine: Any, folder: Path) -> None:
+    """Load the weights and optimizer that DeepSpeed wrote below `folder`. Collective.
+
+    Raises:
+        UserError: there are none.
+    """
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    if loaded is None:  # DeepSpeed only warns, and the run would start from the first weights again
+        raise UserError(f"{folder}: DeepSpeed can't load it: remove it to resume from an older one")
+
+
+def seal(work: Path, final: Path, manifest: dict) -> None:
+    """Give a folder of flushed files its manifest and its name: whole or not there, whatever happens meanwhile."""
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    flush(work / MANIFEST)
+    for folder in [path for path in work.rglob("*") if path.is_dir()] + [work]:
+        flush(folder)
+    shutil.rmtree(final, ignore_errors=True)
+    work.rename(final)
+    flush(final.parent)
 
 
 def read_meta(path: Path) -> dict:
@@ -161,12 +169,13 @@ def _flush_own(work: Path) -> dict[str, int]:
         shard = path.name.partition("zero_pp_rank_")[2].partition("_")[0]
         owner = int(shard) if shard.isdigit() else 0
         if owner == env.rank() and path.is_file():
-            _fsync(path)
+            flush(path)
             sizes[str(path.relative_to(work))] = path.stat().st_size
     return sizes
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
