@@ -50,6 +50,7 @@ def measure(model: str, folder: str, rows: int, queue: multiprocessing.Queue) ->
 
     from muco_ds.data.collator import Collator
     from muco_ds.data.index import Indexer, open_index
+    from muco_ds.data.mixture import Mixture
     from muco_ds.data.plan import Plan
     from muco_ds.data.readers import M3TReader
     from muco_ds.flops import FlopsModel
@@ -61,12 +62,13 @@ def measure(model: str, folder: str, rows: int, queue: multiprocessing.Queue) ->
     index = open_index(Indexer(reader, packer.template, packer.images), None, builder=True, processes=2)
     histories = {"query_history": 0.5, "target_history": 0.5}
     flops = FlopsModel.from_config(AutoConfig.from_pretrained(model), train_vision=True)
-    plan = Plan(index, packer.template, flops, seed=0, images=IMAGES, pack_tokens=32768, world_size=1, **histories)
+    mixture = Mixture([len(index)], [None], images=IMAGES, run=1, seed=0)
+    plan = Plan(index, packer.template, flops, mixture, seed=0, pack_tokens=32768, world_size=1, **histories)
     collator = Collator(reader, index, packer, seed=0, **histories)
     for number in range(STEPS):
         step = plan.step(number)
-        for samples in step.packs[0]:
-            collator(samples, step.epoch)
+        for pack in step.packs[0]:
+            collator(step.samples_B[pack], step.passes_B[pack])
     queue.put(anonymous_mib() - before)
 
 

@@ -7,17 +7,21 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from muco_ds.config import RunConfig
+from muco_ds.config import RunConfig, Source
 from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.index import Index, Indexer, open_index
+from muco_ds.data.joined import JoinedReader, join_indices
 from muco_ds.data.loader import StepDataset
+from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
-from muco_ds.data.readers import M3TReader
+from muco_ds.data.readers import M3TReader, Reader
 from muco_ds.data.schema import Record
 from muco_ds.distributed import env
+from muco_ds.distributed.gradient_cache import prepare
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.errors import UserError
 from muco_ds.flops import FlopsModel
@@ -44,9 +48,11 @@ class Data:
         return StepDataset(self.plan, self.collator, env.rank(), max_steps)
 
 
-def build_data(config: RunConfig) -> Data:
+def build_data(config: RunConfig, world_size: int | None = None) -> Data:
     """Readers, length index (built by rank 0 if it is not there), plan and collator. Collective.
 
+    Args:
+        world_size: ranks to plan for; default: those of this run.
     Raises:
         UserError: wrong input of any kind.
     """
@@ -54,27 +60,47 @@ def build_data(config: RunConfig) -> Data:
         backbone = load_config(config.model.path)
         processing = Processing.load(config.model.path, Settings.of_run(config.model.pool_token, config.data))
         packer = processing.packer()
-    reader, index = open_rows(config, packer, config.data.train, "data.train")
+    reader, index = open_sources(config, packer)
     histories = {"query_history": config.task.query_history, "target_history": config.task.target_history}
     with env.agreement():
+        mixture = Mixture(
+            np.diff([0, *(part.end for part in index.parts)]).tolist(),
+            [source.weight for source in config.data.sources()],
+            images=config.batch.images,
+            run=config.batch.source_run,
+            seed=config.run.seed,
+        )
         plan = Plan(
             index,
             packer.template,
             FlopsModel.from_config(backbone, train_vision=not config.model.freeze_vision),
+            mixture,
             seed=config.run.seed,
-            images=config.batch.images,
             pack_tokens=config.batch.pack_tokens,
-            world_size=env.world_size(),
+            world_size=world_size or env.world_size(),
             **histories,
         )
     collator = Collator(reader, index, packer, seed=config.run.seed, **histories)
     return Data(processing, packer, plan, collator)
 
 
-def open_rows(config: RunConfig, packer: Packer, pattern: str, key: str) -> tuple[M3TReader, Index]:
-    """Reader and length index of a data set; rank 0 builds the index if it is not there. Collective."""
+def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:
+    """Reader and length index of `data.train`, several data sets joined to one. Collective."""
+    if isinstance(config.data.train, str):
+        return open_rows(config, packer, config.data.sources()[0], "data.train")
+    opened = [open_rows(config, packer, source, f"data.train[{i}]") for i, source in enumerate(config.data.sources())]
+    readers, indices = [reader for reader, _ in opened], [index for _, index in opened]
+    env.on_main(lambda: join_indices(indices, readers, config.data.index_dir, builder=env.is_main()))
     with env.agreement():
-        reader = M3TReader(pattern, config.data.images, key)
+        joined = join_indices(indices, readers, config.data.index_dir, builder=False)
+    return JoinedReader(readers), joined
+
+
+def open_rows(config: RunConfig, packer: Packer, source: Source, key: str) -> tuple[M3TReader, Index]:
+    """Reader and length index of a data set; rank 0 builds the index if it is not there. Collective."""
+    assert source.images is not None
+    with env.agreement():
+        reader = M3TReader(source.path, source.images, key)
     indexer = Indexer(reader, packer.template, packer.images)
 
     def opened() -> Index:
@@ -100,20 +126,26 @@ def validation_records(config: RunConfig, packer: Packer) -> list[Record]:
     if not config.validation.every:
         return []
     assert config.data.val is not None
-    reader, index = open_rows(config, packer, config.data.val, "data.val")
+    reader, index = open_rows(config, packer, Source(config.data.val, config.data.images), "data.val")
     if len(index) < config.validation.rows and env.is_main():
         log.warning("validation uses the %d usable rows of data.val", len(index))
     return [reader.record(int(row)) for row in index.samples["row"][: config.validation.rows]]
 
 
-def build_engine(config: RunConfig, processing: Processing, device: torch.device) -> tuple[Any, MuCoTask]:
-    """The DeepSpeed engine and the task it runs, partitioned from the start under ZeRO-3. Collective."""
+def build_engine(
+    config: RunConfig, processing: Processing, device: torch.device, *, load_universal: bool = False
+) -> tuple[Any, MuCoTask]:
+    """The DeepSpeed engine and the task it runs, partitioned from the start under ZeRO-3. Collective.
+
+    Args:
+        load_universal: the engine will load a checkpoint's universal form (`reshard.load_universal`).
+    """
     import deepspeed
 
     torch.manual_seed(config.run.seed)
 
     with env.agreement():
-        ds_config = build_deepspeed_config(config, env.world_size())
+        ds_config = build_deepspeed_config(config, env.world_size(), load_universal=load_universal)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage == 0 and config.run.precision == "bf16":
         raise UserError(
@@ -147,5 +179,6 @@ def build_engine(config: RunConfig, processing: Processing, device: torch.device
             setattr(module, name, buffer.to(device))
     optimizer = build_optimizer(task, config.optim)
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=ds_config)
+    prepare(engine)
     engine.train()
     return engine, task

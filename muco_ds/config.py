@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +43,13 @@ class RunOptions:
     max_steps: int | None = None
     epochs: float | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.epochs is not None:
+            limits.append(math.ceil(self.epochs * steps_per_epoch))
+        return min(limits)
 
 
 @dataclass
@@ -80,11 +87,27 @@ class TaskOptions:
 
 
 @dataclass
+class Source:
+    """One data set of a mixture.
+
+    Args:
+        path: Parquet file, folder of parquet files, or glob pattern.
+        images: Folder that its image paths are relative to; null: `data.images`.
+        weight: Share of the examples drawn, relative to the other data sets'; null (on all of them): its rows.
+    """
+
+    path: str
+    images: str | None = None
+    weight: float | None = None
+
+
+@dataclass
 class DataOptions:
     """The training rows, their pictures, and how pictures are sized.
 
     Args:
-        train: Parquet file, folder of parquet files, or glob pattern.
+        train: Parquet file, folder of parquet files, or glob pattern; or a list of data sets to mix, each with
+            `path`, `images` and `weight`.
         images: Folder that the rows' image paths are relative to.
         val: Held-out rows, same forms as `train`; null: none.
         index_dir: Folder of the length index; null: beside the data.
@@ -94,7 +117,7 @@ class DataOptions:
         short_side: Resize the short side to this many pixels first; null: do not (paper's pre-training: 640).
     """
 
-    train: str
+    train: str | list[Source]
     images: str
     val: str | None = None
     index_dir: str | None = None
@@ -102,6 +125,11 @@ class DataOptions:
     min_pixels: int = 256 * 28 * 28
     max_pixels: int = 1280 * 28 * 28
     short_side: int | None = None
+
+    def sources(self) -> list[Source]:
+        """`train` as a list, every `images` filled in."""
+        given = [Source(self.train)] if isinstance(self.train, str) else self.train
+        return [replace(source, images=source.images or self.images) for source in given]
 
 
 @dataclass
@@ -111,10 +139,13 @@ class BatchOptions:
     Args:
         images: Examples (one image each) per optimizer step, over all ranks.
         pack_tokens: Most text-tower tokens in one packed row.
+        source_run: Of a mixture, this many examples in a row come from the same data set: 1 mixes them, `images` makes
+            every batch homogeneous (CoMa paper: 64).
     """
 
     images: int = 1024
     pack_tokens: int = 16384
+    source_run: int = 1
 
 
 @dataclass
@@ -130,6 +161,7 @@ class OptimOptions:
         beta2: Decay of the second moment.
         eps: Added to the denominator.
         max_grad_norm: Gradients are scaled down to this global L2 norm; 0: no clipping.
+        max_skipped: A step whose gradient is not finite is skipped; the run ends at this many in a row.
     """
 
     lr: float = 5e-5
@@ -140,6 +172,7 @@ class OptimOptions:
     beta2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    max_skipped: int = 5
 
 
 @dataclass
@@ -151,12 +184,15 @@ class LossOptions:
         symmetric: Add the loss of targets against queries (paper: off in pre-training).
         mask_same_image: Leave out keys of the query's own image, its positive apart (paper: on).
         mask_same_target: Leave out keys whose text equals the positive's up to case and white space.
+        key_exchange: How a rank meets the other ranks' keys: "gather" all of them, pass them round in a "ring", or
+            "auto": a ring where gathering would take more than 1 GiB. The loss is the same.
     """
 
     temperature: float = 0.02
     symmetric: bool = False
     mask_same_image: bool = True
     mask_same_target: bool = True
+    key_exchange: Literal["auto", "gather", "ring"] = "auto"
 
 
 @dataclass
@@ -247,6 +283,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "data.short_side": (1, True, math.inf),
     "batch.images": (2, True, math.inf),  # one example has no negatives
     "batch.pack_tokens": (1, True, math.inf),
+    "batch.source_run": (1, True, math.inf),
     "optim.lr": (0, False, math.inf),
     "optim.warmup_steps": (0, True, math.inf),
     "optim.weight_decay": (0, True, math.inf),
@@ -254,6 +291,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "optim.beta2": (0, True, 1 - 1e-9),
     "optim.eps": (0, False, math.inf),
     "optim.max_grad_norm": (0, True, math.inf),
+    "optim.max_skipped": (1, True, math.inf),
     "loss.temperature": (0, False, math.inf),
     "validation.every": (0, True, math.inf),
     "validation.rows": (1, True, math.inf),
@@ -288,6 +326,11 @@ def validate(config: RunConfig) -> None:
         raise UserError("run.max_steps and run.epochs are both null: set one of them, or the run has no end")
     if not config.model.pool_token:
         raise UserError(f"model.pool_token is empty: name a token, for example {DEFAULT_POOL_TOKEN}")
+    if config.batch.images % config.batch.source_run:
+        raise UserError(
+            f"batch.source_run is {config.batch.source_run}, which does not divide batch.images, {config.batch.images}"
+        )
+    _check_weights(data.sources())
     if data.min_pixels > data.max_pixels:
         raise UserError(f"data.min_pixels is {data.min_pixels}, above data.max_pixels, {data.max_pixels}: swap them")
     if run.max_steps is not None and optim.warmup_steps > run.max_steps:
@@ -302,16 +345,33 @@ def validate(config: RunConfig) -> None:
         )
 
 
+def _check_weights(sources: list[Source]) -> None:
+    if not sources:
+        raise UserError("data.train is an empty list: name at least one data set")
+    weights = [source.weight for source in sources]
+    for i, weight in enumerate(weights):
+        if weight is None and any(weights):
+            raise UserError(f"data.train[{i}] has no weight but others have: give all of them one, or none")
+        if weight is not None and not (0 < weight < math.inf):
+            raise UserError(f"data.train[{i}].weight is {weight}: it must be a finite number above 0")
+
+
 def check_paths(config: RunConfig) -> None:
     """Check that the inputs named by `config` exist. Raises UserError naming the key and the path."""
-    _check_rows("data.train", config.data.train)
-    if config.data.val is not None:
-        _check_rows("data.val", config.data.val)
-    if not os.path.isdir(config.data.images):
-        raise UserError(
-            f"data.images: no such folder '{config.data.images}': "
-            "set it to the folder that the rows' image paths are relative to"
-        )
+    data = config.data
+    for i, source in enumerate(data.sources()):
+        key = "data.train" if isinstance(data.train, str) else f"data.train[{i}].path"
+        _check_rows(key, source.path)
+    if data.val is not None:
+        _check_rows("data.val", data.val)
+    folders = {"data.images": data.images}
+    if not isinstance(data.train, str):
+        folders |= {f"data.train[{i}].images": source.images for i, source in enumerate(data.train) if source.images}
+    for key, folder in folders.items():
+        if not os.path.isdir(folder):
+            raise UserError(
+                f"{key}: no such folder '{folder}': set it to the folder that the rows' image paths are relative to"
+            )
     if not os.path.isdir(config.model.path):
         raise UserError(
             f"model.path: no such folder '{config.model.path}': set it to a model's folder "

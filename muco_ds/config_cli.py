@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from muco_ds.config import RunConfig, validate
+from muco_ds.config import RunConfig, Source, validate
 from muco_ds.errors import UserError
 
 _FLAGS = ("print_config", "help")
@@ -76,9 +76,15 @@ def _parser() -> ArgumentParser:
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
     hints = get_type_hints(cls)
-    return cls(
-        **{key: _build(hints[key], value) if is_dataclass(hints[key]) else value for key, value in values.items()}
-    )
+    return cls(**{key: _build_value(hints[key], value) for key, value in values.items()})
+
+
+def _build_value(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint):
+        return _build(cast(type, hint), value)
+    if isinstance(value, list):  # the one list there is: `str | list[Source]`
+        return [_build(Source, dict(item)) for item in value]
+    return value
 
 
 def _known_keys(cls: type = RunConfig, prefix: str = "") -> dict[str, str]:
@@ -173,7 +179,19 @@ def _recipe_items(path: str, known: dict[str, str]) -> Iterator[tuple[str, Any]]
                 key = f"{section}.{name}"
                 if key not in known:
                     raise _unknown(key, path, list(known))
+                _check_list(key, value, path)
                 yield key, value
+
+
+def _check_list(key: str, value: Any, path: str) -> None:
+    """Refuse a list (of a mixture's data sets) in which an entry has an unknown key or lacks its path."""
+    names = [item.name for item in fields(Source)]
+    for i, entry in enumerate(value if isinstance(value, list) else []):
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(f"{path}: {key}[{i}] has no path: write - {{path: FILE, images: FOLDER, weight: NUMBER}}")
+        for name in entry:
+            if name not in names:
+                raise _unknown(f"{key}[{i}].{name}", path, [f"{key}[{i}].{known}" for known in names])
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

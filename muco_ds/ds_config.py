@@ -20,6 +20,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Gradients are summed and exchanged in fp32 unless the JSON asks otherwise: DeepSpeed's default is the model's bf16.
 _DEFAULTS: dict[str, Any] = {"data_types.grad_accum_dtype": "fp32", "communication_data_type": "fp32"}
 
+_NO_ACCUMULATION = (
+    "a contrastive loss is not the sum of its parts' losses: accumulating them leaves out a part's negatives in the "
+    "others; what does not fit in one pack goes through the gradient cache"
+)
+
 _REFUSED = {
     "optimizer": "the optimizer comes from the run's optim.* keys",
     "scheduler": "the schedule comes from the run's optim.* keys",
@@ -27,12 +32,13 @@ _REFUSED = {
 }
 
 
-def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def build_deepspeed_config(config: RunConfig, world_size: int, *, load_universal: bool = False) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`: the JSON named by `config.deepspeed` with every number filled in.
 
     Args:
         config: the run.
         world_size: number of data-parallel ranks.
+        load_universal: the engine loads checkpoints in DeepSpeed's universal form.
 
     Raises:
         UserError: the JSON is missing or malformed, disagrees with the run's config, holds a section that the run
@@ -46,15 +52,20 @@ def build_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]
     owned: dict[str, tuple[Any, str]] = {
         "train_batch_size": (world_size, "the number of ranks (one pack each)"),
         "train_micro_batch_size_per_gpu": (1, "one pack per rank"),
-        "gradient_accumulation_steps": (1, "a contrastive batch is not accumulated"),
+        "gradient_accumulation_steps": (1, _NO_ACCUMULATION),
         "gradient_clipping": (config.optim.max_grad_norm, "the run's optim.max_grad_norm"),
+        "checkpoint.load_universal": (load_universal, "the number of ranks that wrote the run's checkpoint"),
         "bf16.enabled": (config.run.precision == "bf16", f"the run's precision, {config.run.precision}"),
+        "bf16.check_grad_overflow": (True, "a step whose gradient is not finite is skipped"),
     }
     for key, (value, owner) in owned.items():
         _fill_owned(tree, key, value, owner, path)
     for key, value in _DEFAULTS.items():
         section, name = _section_of(tree, key, path)
         section.setdefault(name, value)
+    zero = tree.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("compute_grad_norm") is False:
+        raise UserError(f"{path}: remove 'zero_optimization.compute_grad_norm': steps are checked by that norm")
     for key in _autos(tree):
         raise UserError(f"{path}: '{key}' is \"auto\", which nothing fills in: write a number or remove the key")
     return tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -58,8 +59,9 @@ class MetricsWriter:
         self._board.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
 
     def write(self, values: dict[str, float | int | None]) -> None:
-        """`values` holds METRIC_KEYS at least; None is written as null and not plotted."""
+        """`values` holds METRIC_KEYS at least; None and what is not finite are written as null and not plotted."""
         assert values.keys() >= METRIC_KEYS, METRIC_KEYS - values.keys()
+        values = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps(values) + "\n")
         step = int(values["step"] or 0)
         for key, value in values.items():

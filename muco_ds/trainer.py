@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,10 +16,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from muco_ds.build import build_data, build_engine, validation_records
-from muco_ds.checkpoint import Checkpoints
+from muco_ds.checkpoint import Checkpoints, load_files
 from muco_ds.config import RunConfig, save_config
 from muco_ds.data.loader import step_batches
-from muco_ds.data.schema import StepBatch
+from muco_ds.data.schema import PackedBatch, StepBatch
 from muco_ds.distributed import env
 from muco_ds.distributed.gradient_cache import cached_backward
 from muco_ds.distributed.lockstep import Lockstep
@@ -30,11 +29,13 @@ from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
 from muco_ds.flops import peak_flops
 from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
-from muco_ds.models.embedder import KeptVision
+from muco_ds.models.embedder import DeviceRoom, KeptVision
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
+from muco_ds.nonfinite import NonFiniteGuard
 from muco_ds.optim import learning_rate
-from muco_ds.resume import check_same_run, describe_data
+from muco_ds.reshard import load_universal, universal_form, unusable
+from muco_ds.resume import Start, check_same_run, describe_data
 from muco_ds.tasks.muco import TaskLoss
 
 log = logging.getLogger(__name__)
@@ -55,16 +56,19 @@ class Trainer:
         self.lockstep = Lockstep()
         self.data = build_data(config)  # first, because its mistakes are found in seconds
         self.validation = validation_records(config, self.data.packer)
-        self.max_steps = _max_steps(config, self.data.plan.steps_per_epoch)
-        self.engine, self.task = build_engine(config, self.data.processing, device)
+        self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
+        self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
-        self.start_step = self._resume()
+        start = self._find_start()
+        universal = start is not None and start.universal
+        self.engine, self.task = build_engine(config, self.data.processing, device, load_universal=universal)
+        self.start_step = 0 if start is None else self._resume(start)
         with env.agreement():
             self.metrics = self._open_folder() if env.is_main() else None
         log.info(
             "%s: steps %d to %d of %d examples, %.1f epochs of %d rows; ZeRO stage %d on %d ranks, %s",
             *(self.folder, self.start_step, self.max_steps, config.batch.images),
-            *(self.max_steps / self.data.plan.steps_per_epoch, len(self.data.plan.index)),
+            *(self.max_steps / self.data.plan.mixture.steps_per_epoch, len(self.data.plan.index)),
             *(self.engine.zero_optimization_stage(), env.world_size(), config.run.precision),
         )
 
@@ -129,7 +133,7 @@ class Trainer:
             "dry run: %d steps planned, %d per epoch; largest step %d has %d tokens (fill %.2f, imbalance %.3f), "
             "loss %.3f, peak memory %.2f GiB",
             self.max_steps,
-            self.data.plan.steps_per_epoch,
+            self.data.plan.mixture.steps_per_epoch,
             largest.step,
             largest.tokens,
             largest.pack_fill,
@@ -143,23 +147,29 @@ class Trainer:
         result = self._backward(batch)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(batch.step, self.max_steps, self.config.optim)
-        self.engine.step()  # averages gradients over ranks, clips, AdamW
+        self.guard.step(self.engine, batch, result.stats["loss"])  # clip, AdamW; not where the gradient is not finite
         return result.stats
 
     def _backward(self, batch: StepBatch) -> TaskLoss:
         """Gradient of the loss of this rank's queries against the keys of all ranks, packed as memory allows."""
-        packs = [pack.to(self.device) for pack in batch.packs]
-        if len(packs) == 1:
-            emb_ED = self.engine(packs[0])  # all queries and targets of this rank in one forward
-            result = self.task.loss([emb_ED], packs, batch.rows_per_rank)
+        if len(batch.packs) == 1:
+            emb_ED = self._embed(batch.packs[0])  # all queries and targets of this rank in one forward
+            result = self.task.loss([emb_ED], batch.packs, batch.rows_per_rank)
             self.engine.backward(result.loss)
             return result
 
         def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:
-            result = self.task.loss(emb_parts, packs, batch.rows_per_rank)
+            result = self.task.loss(emb_parts, batch.packs, batch.rows_per_rank)
             return result.loss, result
 
-        return cached_backward(self.engine, [partial(self.engine, pack, KeptVision()) for pack in packs], loss_of)
+        room = DeviceRoom()
+        return cached_backward(
+            self.engine, [partial(self._embed, pack, KeptVision(room)) for pack in batch.packs], loss_of
+        )
+
+    def _embed(self, pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
+        """Embeddings of a pack, emb_ED. A pack is on the device while it is worked on: pixels are most of a batch."""
+        return self.engine(pack.to(self.device), kept)
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
         """Batches with the seconds the loop had to wait for each."""
@@ -184,13 +194,12 @@ class Trainer:
         total = dict(zip([*names, "replaced_images"], totals, strict=True))
         rows = sum(rows.queries for rows in batch.rows_per_rank)
         rates = meter.rates(env.world_size(), peak_flops(self.device))
-        norm = self.engine.get_global_grad_norm()
         values: dict[str, float | int | None] = {
             "step": batch.step + 1,
             "epoch": batch.epoch,
             "loss": total["loss"],
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": self.guard.grad_norm,
             "temperature": self.config.loss.temperature,
             "pairs": rows,
             "images": batch.images,
@@ -205,14 +214,12 @@ class Trainer:
             "pos_sim": total["pos_sim"] / rows,
             "hardest_neg_sim": total["hardest_neg_sim"] / max(1.0, total["negative_rows"]),
             "replaced_images": int(total["replaced_images"]),
+            "skipped_steps": self.guard.skipped,
             **held_out,
         }
-        if not math.isfinite(total["loss"]):
-            problem = f"step {batch.step + 1}: loss is {total['loss']}: lower optim.lr or raise loss.temperature"
-            raise UserError(problem, on_every_rank=True)
         if self.metrics is not None:
             self.metrics.write(values)
-        return f"loss {values['loss']:.3f} top1 {values['in_batch_top1']:.2f} {rates['pairs_per_s']:.0f} pairs/s"
+        return f"loss {total['loss']:.3f} top1 {values['in_batch_top1']:.2f} {rates['pairs_per_s']:.0f} pairs/s"
 
     def _validate(self, step: int) -> dict[str, float]:
         """precision@1 on held-out rows, for the log, and a picture of some answers. Collective."""
@@ -252,36 +259,47 @@ class Trainer:
             "world_size": env.world_size(),
             "data": describe_data(self.data.plan.index),
             "zero_stage": self.engine.zero_optimization_stage(),
+            "nonfinite": self.guard.counts(),
             "versions": {name: version(name) for name in VERSIONED},
         }
         self.checkpoints.save(self.engine, step, meta, write_beside)
 
-    def _resume(self) -> int:
-        """Load the newest complete checkpoint of this run, if there is one; returns the step to go on from."""
+    def _find_start(self) -> Start | None:
+        """The newest complete checkpoint of this run, if there is one, made ready for this number of ranks."""
         # Rank 0 chooses: ranks that each looked for themselves could disagree on what they see.
         newest = env.from_main(next(iter(self.checkpoints.complete()), None) if env.is_main() else None)
         if newest is None:
-            return 0
+            return None
         with env.agreement():
             if not self.config.checkpoint.resume:
                 raise UserError(f"{self.folder} holds checkpoints: set checkpoint.resume=true or another run.name")
             if not newest.is_dir():
                 raise UserError(f"rank {env.rank()} does not see {newest}: run.dir must be shared by all machines")
             check_same_run(newest, asdict(self.config), describe_data(self.data.plan.index))
-        meta = self.checkpoints.load(self.engine, newest)
+            start = Start.of(newest, env.world_size())
+        if start.universal:
+            env.on_main(partial(universal_form, newest))
+            with env.agreement():
+                if (problem := unusable(newest)) is not None:
+                    raise UserError(
+                        f"rank {env.rank()} does not see what rank 0 made of {newest} ({problem}): start again"
+                    )
+        return start
+
+    def _resume(self, start: Start) -> int:
+        """Load a checkpoint and prove that it is the model that was saved; returns the step to go on from."""
+        with env.agreement():
+            start.check_stage(self.engine.zero_optimization_stage())
+        load = load_universal if start.universal else load_files
+        load(self.engine, start.checkpoint)
+        self.guard.restore(start.nonfinite)
+        probe_ND = self._probe()
+        with env.agreement():
+            start.check_probe(probe_ND, self.config.run.precision)
         if env.is_main():
-            log.info("resumed from %s", newest)
-        return meta["step"]
+            log.info("resumed from %s", start.checkpoint)
+        return start.step
 
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
-
-
-def _max_steps(config: RunConfig, steps_per_epoch: int) -> int:
-    limits = []
-    if config.run.max_steps is not None:
-        limits.append(config.run.max_steps)
-    if config.run.epochs is not None:
-        limits.append(math.ceil(config.run.epochs * steps_per_epoch))
-    return min(limits)

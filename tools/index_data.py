@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is forked; 
 
 import numpy as np
 
-from muco_ds.config import RunConfig, check_paths
+from muco_ds.config import RunConfig, Source, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Packer
 from muco_ds.data.index import Index, Indexer, index_path, open_index
@@ -47,9 +47,10 @@ def split_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def indexed(
-    config: RunConfig, packer: Packer, pattern: str, key: str, own: argparse.Namespace
+    config: RunConfig, packer: Packer, source: Source, key: str, own: argparse.Namespace
 ) -> tuple[M3TReader, Index]:
-    reader = M3TReader(pattern, config.data.images, key)
+    assert source.images is not None
+    reader = M3TReader(source.path, source.images, key)
     indexer = Indexer(reader, packer.template, packer.images)
     if own.rebuild:
         shutil.rmtree(index_path(indexer, config.data.index_dir), ignore_errors=True)
@@ -98,10 +99,13 @@ def main() -> int:
     check_paths(config)
     load_config(config.model.path)  # says it when this is no model folder
     packer = Processing.load(config.model.path, Settings.of_run(config.model.pool_token, config.data)).packer()
-    for key, pattern in (("data.train", config.data.train), ("data.val", config.data.val)):
-        if pattern is not None:
-            print(f"\n{key}  {pattern}", flush=True)
-            report(config, packer, *indexed(config, packer, pattern, key, own))
+    sources = config.data.sources()
+    keys = ["data.train"] if len(sources) == 1 else [f"data.train[{i}]" for i in range(len(sources))]
+    if config.data.val is not None:
+        sources, keys = [*sources, Source(config.data.val, config.data.images)], [*keys, "data.val"]
+    for key, source in zip(keys, sources, strict=True):
+        print(f"\n{key}  {source.path}", flush=True)
+        report(config, packer, *indexed(config, packer, source, key, own))
     return 0
 
 

@@ -30,8 +30,8 @@ def main() -> int:
     config = parse_args(rest).config
     check_paths(config)
     data = build_data(config)
-    epoch, samples = data.plan.samples(options.step)
-    sides = data.collator.sides(samples[: options.examples], epoch)
+    samples, passes = data.plan.mixture.batch(options.step)
+    sides = data.collator.sides(samples[: options.examples], passes[: options.examples])
     batch = data.packer.pack(sides, replace_broken=True)
     batch_picture(batch, sides, data.packer.template).save(options.output)
     print(f"{options.output}: {batch.tokens} tokens, {batch.counts.queries} pairs, {batch.patches} patches")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-PARAPHRASE, TURN_ORDER, QUERY_HISTORY, TARGET_HISTORY, EPOCH_ORDER = range(5)
+PARAPHRASE, TURN_ORDER, QUERY_HISTORY, TARGET_HISTORY, EPOCH_ORDER, MIXTURE = range(6)
 """Purposes: two draws with different purposes are independent."""
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -20,7 +20,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def draw_u64(seed: int, epoch: int, samples_N: np.ndarray, purpose: int, lanes_N: np.ndarray | int = 0) -> np.ndarray:
+def draw_u64(
+    seed: int, epoch: np.ndarray | int, samples_N: np.ndarray, purpose: int, lanes_N: np.ndarray | int = 0
+) -> np.ndarray:
     """Uniform uint64 for each sample (and lane, e.g. the turn). Shapes broadcast."""
     # Wrapping multiplication is the algorithm, not an accident; at least 1-d because scalars would warn.
     x = np.atleast_1d(np.asarray(seed % 2**64, dtype=np.uint64))
@@ -30,7 +32,7 @@ def draw_u64(seed: int, epoch: int, samples_N: np.ndarray, purpose: int, lanes_N
 
 
 def draw_uniform(
-    seed: int, epoch: int, samples_N: np.ndarray, purpose: int, lanes_N: np.ndarray | int = 0
+    seed: int, epoch: np.ndarray | int, samples_N: np.ndarray, purpose: int, lanes_N: np.ndarray | int = 0
 ) -> np.ndarray:
     """Uniform float64 in [0, 1)."""
     return (draw_u64(seed, epoch, samples_N, purpose, lanes_N) >> np.uint64(11)) * 2.0**-53

@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -50,17 +51,32 @@ QUESTION = np.dtype("i4")  # tokens of each paraphrase
 
 
 @dataclass(frozen=True)
+class Part:
+    """Samples of one data set within an index: up to `end`, from row number `first_row`; `key` names it in messages."""
+
+    key: str
+    end: int
+    first_row: int
+
+
+@dataclass(frozen=True)
 class Index:
-    """Memory-mapped arrays of one data set, S samples."""
+    """Memory-mapped arrays, S samples, of one data set or of several (`parts`), one after the other."""
 
     folder: Path
     samples: np.ndarray
     turns: np.ndarray
     question_tokens: np.ndarray
     bad_rows: int
+    parts: tuple[Part, ...]
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def name(self, sample: int) -> str:
+        """A sample's data set and row, for messages."""
+        part = next(part for part in self.parts if sample < part.end)
+        return f"{part.key} row {self.samples['row'][sample] - part.first_row}"
 
     def turn_bounds(self, sample: int) -> tuple[int, int]:
         """Slice of `turns` that belongs to a sample."""
@@ -169,22 +185,28 @@ def open_index(
     """
     path = index_path(indexer, folder)
     if builder and not (path / "meta.json").exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing_index(path):
             _build(indexer, path, processes, progress)
-        except OSError as error:
-            raise UserError(
-                f"{path.parent}: can't write the length index there ({error.strerror}): set data.index_dir"
-            ) from error
-    deadline = time.monotonic() + _VISIBLE_WITHIN_S
-    while not (path / "meta.json").exists():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{path}: the length index built by rank 0 is not visible here: put the data, or data.index_dir, "
-                "on a file system that all machines share"
-            )
-        time.sleep(0.2)
-    return _load(path, indexer.reader)
+    index = load_index(seen_index(path))
+    if not len(index):
+        with open(path / "bad_rows.jsonl") as file:
+            first = json.loads(file.readline())
+        raise UserError(
+            f"{indexer.reader.files[0]}: no usable row; row {first['row']}: {first['reason']}: "
+            "mend the rows or pictures, then run tools/index_data.py with --rebuild"
+        )
+    return replace(index, parts=(Part(indexer.reader.key, len(index), 0),))
+
+
+@contextmanager
+def writing_index(path: Path) -> Iterator[None]:
+    """Raises UserError where the folder that is to hold an index can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        cure = "set data.index_dir"
+        raise UserError(f"{path.parent}: can't write the length index there ({error.strerror}): {cure}") from error
 
 
 def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None:
@@ -212,12 +234,41 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
             bad_file.writelines(json.dumps(entry) + "\n" for entry in part.bad)
             usable, bad_rows = usable + len(part.samples), bad_rows + len(part.bad)
             bar.update(len(chunk))
-    meta = {"version": VERSION, "files": indexer.reader.files, "rows": total, "usable": usable, "bad_rows": bad_rows}
+    publish_index(work, path, files=indexer.reader.files, rows=total, usable=usable, bad_rows=bad_rows)
+
+
+def publish_index(work: Path, path: Path, *, files: list[str], rows: int, usable: int, bad_rows: int) -> None:
+    """Make a folder of arrays an index, whole or not at all."""
+    meta = {"version": VERSION, "files": files, "rows": rows, "usable": usable, "bad_rows": bad_rows}
     (work / "meta.json").write_text(json.dumps(meta, indent=2))
     try:
         work.rename(path)
     except OSError:  # another job built the same index meanwhile
         shutil.rmtree(work, ignore_errors=True)
+
+
+def seen_index(path: Path) -> Path:
+    """The path, once the index that rank 0 published there is seen by this machine. Raises UserError if it never is."""
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while not (path / "meta.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path}: the length index built by rank 0 is not visible here: put the data, or data.index_dir, "
+                "on a file system that all machines share"
+            )
+        time.sleep(0.2)
+    return path
+
+
+def load_index(path: Path) -> Index:
+    """The published index in a folder; its parts are for the caller to name."""
+    meta = json.loads((path / "meta.json").read_text())
+    arrays = {"samples": SAMPLE, "turns": TURN, "questions": QUESTION}
+    samples, turns, questions = (
+        np.memmap(path / f"{name}.bin", dtype, "r") if meta["usable"] else np.empty(0, dtype)
+        for name, dtype in arrays.items()
+    )
+    return Index(path, samples, turns, questions, meta["bad_rows"], parts=())
 
 
 def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:
@@ -245,21 +296,3 @@ def _adopt(measure: Callable[[range], Measured]) -> None:
 
 def _run(rows: range) -> Measured:
     return _measure(rows)
-
-
-def _load(path: Path, reader: M3TReader) -> Index:
-    meta = json.loads((path / "meta.json").read_text())
-    if not meta["usable"]:
-        with open(path / "bad_rows.jsonl") as file:
-            first = json.loads(file.readline())
-        raise UserError(
-            f"{reader.files[0]}: no usable row; row {first['row']}: {first['reason']}: "
-            "mend the rows or pictures, then run tools/index_data.py with --rebuild"
-        )
-    return Index(
-        folder=path,
-        samples=np.memmap(path / "samples.bin", SAMPLE, "r"),
-        turns=np.memmap(path / "turns.bin", TURN, "r"),
-        question_tokens=np.memmap(path / "questions.bin", QUESTION, "r"),
-        bad_rows=meta["bad_rows"],
-    )

@@ -28,18 +28,18 @@ class StepDataset(Dataset[StepBatch | UserError]):
     def __getitem__(self, step: int) -> StepBatch | UserError:
         try:
             plan = self.plan.step(step)
-            packs = [self.collator(samples, plan.epoch) for samples in plan.packs[self.rank]]
+            packs = [self.collator(plan.samples_B[pack], plan.passes_B[pack]) for pack in plan.packs[self.rank]]
         except UserError as error:
             return error
         except RowError as error:
             return UserError(f"data.train: {error}: a row changed after it was indexed: tools/index_data.py --rebuild")
         return StepBatch(
             step=step,
-            epoch=plan.epoch,
+            epoch=step // self.plan.mixture.steps_per_epoch,
             packs=packs,
             plan_digest=plan.digest(),
             rows_per_rank=plan.rows_per_rank,
-            sample_rows=self.plan.index.samples["row"][np.concatenate(plan.packs[self.rank])],
+            samples=plan.samples_B[np.concatenate(plan.packs[self.rank])],
             images=plan.images,
             cost={
                 "llm_tokens": plan.tokens,

@@ -1,4 +1,4 @@
-"""The plan: (seed, epoch, step) -> which examples, on which rank, in which pack.
+"""The plan: (seed, step) -> which examples, on which rank, in which pack.
 
 A pure function that every rank evaluates for all ranks, so no communication is needed to agree, a restart needs only
 the step number, and the global batch of a step is the same set of examples whatever the number of ranks.
@@ -9,13 +9,14 @@ Shape suffixes: B examples of the global batch, N turns of those examples.
 from __future__ import annotations
 
 import hashlib
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
 
 from muco_ds.data import draws
+from muco_ds.data.assign import assign
 from muco_ds.data.index import Index
+from muco_ds.data.mixture import Mixture
 from muco_ds.data.schema import RowCounts
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
@@ -26,13 +27,14 @@ SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions ne
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step. `packs[rank]` lists that rank's packs, each an array of sample positions.
+    """One optimizer step. `packs[rank]` lists that rank's packs, each an array of places in the global batch.
 
     Every rank has as many packs as the others; a rank with less work ends with empty ones.
     """
 
     step: int
-    epoch: int
+    samples_B: np.ndarray  # int64 positions in the index
+    passes_B: np.ndarray  # int64: how often the data set of each was gone through before; the epoch of its draws
     packs: list[list[np.ndarray]]
     rows_per_rank: list[RowCounts]
     tokens: int  # of the global batch, as are the next two
@@ -43,11 +45,12 @@ class StepPlan:
 
     @property
     def images(self) -> int:
-        return sum(len(pack) for rank in self.packs for pack in rank)
+        return len(self.samples_B)
 
     def digest(self) -> int:
         """63 bits that differ when any rank would work on other examples, or on the same ones in other packs."""
         digest = hashlib.blake2b(str(self.step).encode(), digest_size=8)
+        digest.update(self.samples_B.tobytes() + self.passes_B.tobytes())
         for rank in self.packs:
             for pack in rank:
                 digest.update(len(pack).to_bytes(8, "little") + pack.astype(np.int64).tobytes())
@@ -67,11 +70,11 @@ class Plan:
     """Plans steps over an index.
 
     Args:
-        images: examples of the global batch.
+        mixture: which examples each step takes.
         pack_tokens: token budget of a pack.
         query_history, target_history: probability that the turns of that side see the earlier ones.
     Raises:
-        UserError: fewer examples than a batch, fewer than ranks in a batch, an example larger than a pack.
+        UserError: fewer examples in a batch than ranks, an example larger than a pack.
     """
 
     def __init__(
@@ -79,58 +82,45 @@ class Plan:
         index: Index,
         template: ChatTemplate,
         flops: FlopsModel,
+        mixture: Mixture,
         *,
         seed: int,
-        images: int,
         pack_tokens: int,
         world_size: int,
         query_history: float,
         target_history: float,
     ) -> None:
-        self.index, self.template, self.flops = index, template, flops
-        self.seed, self.images, self.pack_tokens, self.world_size = seed, images, pack_tokens, world_size
+        self.index, self.template, self.flops, self.mixture = index, template, flops, mixture
+        self.seed, self.pack_tokens, self.world_size = seed, pack_tokens, world_size
         self.query_history, self.target_history = query_history, target_history
-        if len(index) < images:
-            raise UserError(f"batch.images={images} but data.train has {len(index)} usable rows: lower batch.images")
-        if images < world_size:
-            raise UserError(f"batch.images={images} is less than {world_size} ranks: raise it or use fewer ranks")
+        if mixture.images < world_size:
+            raise UserError(
+                f"batch.images={mixture.images} is less than {world_size} ranks: raise it or use fewer ranks"
+            )
         self._check_longest()
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches only; each epoch shuffles anew, so it is not always the same rows that are left over."""
-        return len(self.index) // self.images
-
-    def samples(self, step: int) -> tuple[int, np.ndarray]:
-        """Epoch and the B sample positions of a step, the same for any number of ranks."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        positions = np.arange(position * self.images, (position + 1) * self.images)
-        return epoch, draws.permute(positions, len(self.index), self.seed, epoch)
-
     def step(self, step: int) -> StepPlan:
-        epoch, samples_B = self.samples(step)
-        costs = self.costs(samples_B, epoch)
-        assignment = self._spread(costs)
-        packs = [self._fill(rank, costs.tokens_B) for rank in assignment]
+        samples_B, passes_B = self.mixture.batch(step)
+        costs = self.costs(samples_B, passes_B)
+        packs = assign(costs.flops_B, costs.tokens_B, self.world_size, self.pack_tokens)
+        assignment = [np.concatenate(rank) for rank in packs]
         turns_B = self._turn_counts(samples_B)
         rank_flops = np.array([costs.flops_B[rank].sum() for rank in assignment])
-        n_packs = max(map(len, packs))
-        for rank_packs in packs:  # equally many everywhere: every forward is a collective under ZeRO-3
-            rank_packs += [np.empty(0, np.int64)] * (n_packs - len(rank_packs))
         return StepPlan(
             step=step,
-            epoch=epoch,
-            packs=[[samples_B[pack] for pack in rank] for rank in packs],
+            samples_B=samples_B,
+            passes_B=passes_B,
+            packs=packs,
             rows_per_rank=[RowCounts(int(turns_B[rank].sum()), int(turns_B[rank].sum())) for rank in assignment],
             tokens=int(costs.tokens_B.sum()),
             patches=int(costs.patches_B.sum()),
             flops=float(rank_flops.sum()),
-            pack_fill=float(costs.tokens_B.sum() / (self.world_size * n_packs * self.pack_tokens)),
+            pack_fill=float(costs.tokens_B.sum() / (self.world_size * len(packs[0]) * self.pack_tokens)),
             imbalance=float(rank_flops.max() / rank_flops.mean()),
         )
 
-    def costs(self, samples_B: np.ndarray, epoch: int) -> Costs:
-        """Tokens, patches and training FLOPs of examples in this epoch's draw of paraphrases and histories."""
+    def costs(self, samples_B: np.ndarray, passes_B: np.ndarray) -> Costs:
+        """Tokens, patches and training FLOPs of examples with their pass's draw of paraphrases and histories."""
         data = self.index.samples[samples_B]
         turns_B = self._turn_counts(samples_B)
         owner_N = np.repeat(np.arange(len(samples_B)), turns_B)
@@ -138,12 +128,12 @@ class Plan:
         rows_N = (data["turn_end"] - turns_B)[owner_N] + turn_N
         ends_N = self.index.turns["question_end"][rows_N]
         starts_N = np.where(rows_N > 0, self.index.turns["question_end"][rows_N - 1], 0)
-        chosen_N = draw_paraphrases(self.seed, epoch, samples_B[owner_N], turn_N, ends_N - starts_N)
+        chosen_N = draw_paraphrases(self.seed, passes_B[owner_N], samples_B[owner_N], turn_N, ends_N - starts_N)
         texts = {
             "query": self.index.question_tokens[starts_N + chosen_N].astype(np.int64),
             "target": self.index.turns["target_tokens"][rows_N].astype(np.int64),
         }
-        history = draw_histories(self.seed, epoch, samples_B, self.query_history, self.target_history)
+        history = draw_histories(self.seed, passes_B, samples_B, self.query_history, self.target_history)
         tokens_B = np.zeros(len(samples_B), np.int64)
         pairs_B = np.zeros(len(samples_B))
         for side, text_N in texts.items():
@@ -163,32 +153,6 @@ class Plan:
         ends = self.index.samples["turn_end"]
         return ends[samples_B] - np.where(samples_B > 0, ends[samples_B - 1], 0)
 
-    def _spread(self, costs: Costs) -> list[np.ndarray]:
-        """Examples of each rank. On cost; where that needs more packs than tokens alone would, on tokens."""
-        by_cost = largest_first(costs.flops_B, self.world_size)
-        by_tokens = largest_first(costs.tokens_B, self.world_size)
-
-        def packs(assignment: list[np.ndarray]) -> int:
-            return max(len(self._fill(rank, costs.tokens_B)) for rank in assignment)
-
-        return by_cost if packs(by_cost) <= packs(by_tokens) else by_tokens
-
-    def _fill(self, members: np.ndarray, tokens_B: np.ndarray) -> list[np.ndarray]:
-        """First-fit decreasing into packs of at most `pack_tokens`."""
-        packs: list[list[int]] = []
-        room: list[int] = []
-        for member in members[np.argsort(-tokens_B[members], kind="stable")]:
-            need = int(tokens_B[member])
-            for i, left in enumerate(room):
-                if need <= left:
-                    packs[i].append(member)
-                    room[i] -= need
-                    break
-            else:
-                packs.append([member])
-                room.append(self.pack_tokens - need)
-        return [np.array(sorted(pack)) for pack in packs]
-
     def _check_longest(self) -> None:
         """No example may exceed a pack in any epoch's draw."""
         for start in range(0, len(self.index), SCANNED_SAMPLES):
@@ -196,9 +160,8 @@ class Plan:
             tokens_B = longest_tokens(self.index, self.template, start, stop, self.query_history, self.target_history)
             worst = int(tokens_B.argmax())
             if tokens_B[worst] > self.pack_tokens:
-                row = int(self.index.samples["row"][start + worst])
                 raise UserError(
-                    f"data.train row {row} needs up to {tokens_B[worst]} tokens but batch.pack_tokens="
+                    f"{self.index.name(start + worst)} needs up to {tokens_B[worst]} tokens but batch.pack_tokens="
                     f"{self.pack_tokens}: raise batch.pack_tokens, lower data.max_pixels, or shorten the row"
                 )
 
@@ -234,29 +197,18 @@ def _vision_tokens(data_B: np.ndarray, side: str) -> np.ndarray:
 
 
 def draw_paraphrases(
-    seed: int, epoch: int, samples_N: np.ndarray, turns_N: np.ndarray, choices_N: np.ndarray
+    seed: int, passes_N: np.ndarray | int, samples_N: np.ndarray, turns_N: np.ndarray, choices_N: np.ndarray
 ) -> np.ndarray:
-    """Which paraphrase each turn uses in this epoch; the plan (for lengths) and the collator (for text) must agree."""
-    drawn_N = draws.draw_u64(seed, epoch, samples_N, draws.PARAPHRASE, turns_N)
+    """Which paraphrase each turn uses in this pass; the plan (for lengths) and the collator (for text) must agree."""
+    drawn_N = draws.draw_u64(seed, passes_N, samples_N, draws.PARAPHRASE, turns_N)
     return (drawn_N % choices_N.astype(np.uint64)).astype(np.int64)
 
 
 def draw_histories(
-    seed: int, epoch: int, samples_B: np.ndarray, query_history: float, target_history: float
+    seed: int, passes_B: np.ndarray | int, samples_B: np.ndarray, query_history: float, target_history: float
 ) -> dict[str, np.ndarray]:
     """Per side, whether each example's turns see the earlier ones (causal) or not (isolated)."""
     return {
-        "query": draws.draw_uniform(seed, epoch, samples_B, draws.QUERY_HISTORY) < query_history,
-        "target": draws.draw_uniform(seed, epoch, samples_B, draws.TARGET_HISTORY) < target_history,
+        "query": draws.draw_uniform(seed, passes_B, samples_B, draws.QUERY_HISTORY) < query_history,
+        "target": draws.draw_uniform(seed, passes_B, samples_B, draws.TARGET_HISTORY) < target_history,
     }
-
-
-def largest_first(weights_B: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Longest-processing-time assignment: every example, heaviest first, to the lightest part (Graham 1969)."""
-    members: list[list[int]] = [[] for _ in range(parts)]
-    heap = [(0.0, 0, part) for part in range(parts)]
-    for i in np.argsort(-weights_B, kind="stable").tolist():
-        load, count, part = heapq.heappop(heap)
-        members[part].append(i)
-        heapq.heappush(heap, (load + float(weights_B[i]), count + 1, part))
-    return [np.array(sorted(part)) for part in members]

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 from datasets import Dataset, disable_progress_bars, load_dataset
@@ -26,6 +26,16 @@ class RowError(ValueError):
     """A row that can't be trained on; the message says why, without naming the row."""
 
 
+class Reader(Protocol):
+    """Rows of a data set, or of several."""
+
+    def __len__(self) -> int: ...
+
+    def record(self, row: int) -> Record:
+        """The row as a Record. Raises RowError when it can't be used."""
+        ...
+
+
 def data_files(pattern: str, key: str) -> list[str]:
     """Parquet files of a path, folder or glob, sorted. `key` is the config key named in errors."""
     if os.path.isdir(pattern):
@@ -41,9 +51,11 @@ class M3TReader:
     """Rows in naver-ai/M3T's columns (qry = list of paraphrase lists, pos_text = list of targets).
 
     Accepts ragged numbers of turns, a plain string in place of a list of paraphrases, and a picture on either side.
+    `key` is what set the pattern, for messages.
     """
 
     def __init__(self, pattern: str, images: str, key: str = "data.train") -> None:
+        self.key = key
         self.files = data_files(pattern, key)
         self.images = os.path.realpath(images)
         if not os.path.isdir(self.images):

@@ -20,7 +20,7 @@ ImageRef = str | Image.Image
 """A picture by its path, or already decoded."""
 
 TURNS_PER_SAMPLE = 1024
-"""pair_id = sample position * TURNS_PER_SAMPLE + turn, so a sample may hold at most this many turns."""
+"""A sample may hold at most this many turns; see `pair_ids`."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,23 @@ class PackedBatch:
         return self.pixels_PC.shape[0] if self.has_images else 0
 
 
+def pair_ids(sample: int, number: int, turns_k: np.ndarray) -> np.ndarray:
+    """int64 ids of a sample's pairs in its pass `number`: two passes of a small data set may meet in one batch."""
+    return ((number % 2**16) * 2**37 + sample) * TURNS_PER_SAMPLE + turns_k
+
+
 def by_side(
     emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch]
 ) -> tuple[torch.Tensor, torch.Tensor, RowCounts]:
-    """Pooled rows of several packs in the order of one: (emb_ED, ids_E3, counts), queries, targets, negatives."""
+    """Pooled rows of several packs in the order of one: queries, targets, negatives.
+
+    Returns: (emb_ED, ids_E3, counts), ids on the embeddings' device, wherever the packs are.
+    """
     sizes = [(pack.counts.queries, pack.counts.targets, pack.counts.negatives) for pack in packs]
     emb_sides = zip(*(emb.split(size) for emb, size in zip(emb_parts, sizes, strict=True)), strict=True)
     ids_sides = zip(*(pack.ids_E3.split(size) for pack, size in zip(packs, sizes, strict=True)), strict=True)
     emb_ED = torch.cat([part for side in emb_sides for part in side])
-    ids_E3 = torch.cat([part for side in ids_sides for part in side])
+    ids_E3 = torch.cat([part for side in ids_sides for part in side]).to(emb_ED.device, non_blocking=True)
     return emb_ED, ids_E3, RowCounts(*(sum(size) for size in zip(*sizes, strict=True)))
 
 
@@ -127,7 +135,7 @@ class StepBatch:
     packs: list[PackedBatch]
     plan_digest: int  # of the whole step's plan: equal on every rank, or they are about to do different things
     rows_per_rank: list[RowCounts]
-    sample_rows: np.ndarray  # data set rows of this rank, for messages
+    samples: np.ndarray  # index positions of this rank's examples, for messages
     images: int  # of the global batch
     cost: dict[str, float] = field(default_factory=dict)  # plan statistics: pack_fill, imbalance, flops, ...
 

@@ -15,7 +15,26 @@ from typing import Any, TypeVar
 
 import torch
 
+from muco_ds.errors import UserError
+
 Loss = TypeVar("Loss")
+
+
+def prepare(engine: Any) -> None:
+    """Make a new engine ready for several packs a step.
+
+    Raises:
+        UserError: it can't hold back the reduction of gradients until the last pack; on every rank.
+    """
+    if engine.zero_optimization_stage() > 1 and not _coalesces(engine):
+        raise UserError(
+            f"DeepSpeed's {type(engine.optimizer).__name__} can't reduce the gradients of several packs at once here "
+            f"(ZeRO stage {engine.zero_optimization_stage()}): install deepspeed 0.19.8 or newer",
+            on_every_rank=True,
+        )
+    # The packs' gradients add up in `.grad`, by default in the weights' bf16: with 64 packs 1 % of them were lost.
+    for parameter in engine.module.parameters():
+        parameter.grad_dtype = engine.get_data_types()[1]
 
 
 def cached_backward(
@@ -53,12 +72,17 @@ def cached_backward(
 @contextmanager
 def _one_reduction(engine: Any) -> Iterator[Callable[[bool], None]]:
     """Gradients of several backward passes stay local and are averaged over the ranks once."""
-    if engine.zero_optimization_stage() > 0:
+    if _coalesces(engine):
         with engine.coalesce_grad_reduction():
             yield lambda _last: None
         return
-    yield engine.set_gradient_accumulation_boundary  # stage 0 reduces in the backward pass that is the boundary
+    # Stage 0, and stage 1 in bf16, reduce in the backward pass that is the boundary.
+    yield engine.set_gradient_accumulation_boundary
     engine.set_gradient_accumulation_boundary(True)
+
+
+def _coalesces(engine: Any) -> bool:
+    return hasattr(engine, "coalesce_grad_reduction") and hasattr(engine.optimizer, "_coalesce_grad_reduction")
 
 
 def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -56,11 +56,37 @@ class PoolingNorm(nn.Module):
         return pool_normalize(hidden_1TD[0], self._emb_index_E, self.weight, self.eps)
 
 
+KEPT_ON_DEVICE = 2 * 2**30
+"""Bytes of one step's vision features that stay on the device; what is beyond waits in pinned host memory."""
+
+
 @dataclass
+class DeviceRoom:
+    """Bytes that the packs of one step may still keep on the device."""
+
+    left: int = KEPT_ON_DEVICE
+
+
 class KeptVision:
     """Output of a frozen vision tower for one pack, between the two passes of a gradient cache."""
 
-    features_ND: torch.Tensor | None = None
+    def __init__(self, room: DeviceRoom) -> None:
+        self._room = room
+        self._features_ND: torch.Tensor | None = None
+
+    def put(self, features_ND: torch.Tensor) -> None:
+        """Keep the features, on their device while there is room for them."""
+        if features_ND.nbytes > self._room.left:
+            host_ND = torch.empty_like(features_ND, device="cpu", pin_memory=features_ND.is_cuda)
+            # Both copies are queued on the stream that computes: neither is waited for, and their order is kept.
+            features_ND = host_ND.copy_(features_ND, non_blocking=True)
+        else:
+            self._room.left -= features_ND.nbytes
+        self._features_ND = features_ND
+
+    def get(self, device: torch.device) -> torch.Tensor | None:
+        """What was put, on `device`; None before."""
+        return None if self._features_ND is None else self._features_ND.to(device, non_blocking=True)
 
 
 class Embedder(nn.Module):
@@ -147,14 +173,13 @@ class Embedder(nn.Module):
         return out.last_hidden_state
 
     def _with_images(self, inputs_1TD: torch.Tensor, batch: PackedBatch, kept: KeptVision | None) -> torch.Tensor:
-        if kept is not None and kept.features_ND is not None:
-            features_ND = kept.features_ND
-        else:
+        features_ND = None if kept is None else kept.get(inputs_1TD.device)
+        if features_ND is None:
             visual = self.model.visual
             with torch.no_grad() if self.freeze_vision else nullcontext():
                 features_ND = visual(batch.pixels_PC.to(visual.dtype), grid_thw=batch.grid_thw_I3).pooler_output
-        if kept is not None and self.freeze_vision:
-            kept.features_ND = features_ND
+            if kept is not None and self.freeze_vision:
+                kept.put(features_ND)
         features_ND = features_ND.to(inputs_1TD.dtype)
         if not batch.has_images:
             # The dummy picture keeps ranks in step (ZeRO-3 gathers, gradient reductions) and must change nothing.

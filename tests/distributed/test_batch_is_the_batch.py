@@ -20,6 +20,7 @@ from muco_ds.data.collator import Collator
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.index import Indexer, open_index
 from muco_ds.data.loader import StepDataset
+from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import StepBatch
@@ -53,8 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SETTINGS = [(0.0, False, 8192), (1.0, True, 8192), (0.5, True, 8192), (0.5, True, 400)]
-"""(history, symmetric, pack_tokens): isolated turns, causal turns, a mixture; the last in several packs a rank."""
+SETTINGS = [
+    (0.0, False, 8192, "gather"),
+    (1.0, True, 8192, "gather"),
+    (0.5, True, 8192, "gather"),
+    (0.5, True, 400, "gather"),
+    (0.5, True, 8192, "ring"),
+]
+"""(history, symmetric, pack_tokens, key_exchange): isolated turns, causal turns, a mixture in three forms."""
 
 
 def losses_and_gradients(folder: Path) -> list[tuple[float, dict[str, torch.Tensor]]]:
@@ -65,9 +72,9 @@ def losses_and_gradients(folder: Path) -> list[tuple[float, dict[str, torch.Tens
     backbone = load_backbone(str(folder / "model"), dtype=torch.float64, attention="sdpa", vocabulary=vocabulary)
     embedder = Embedder(backbone, freeze_vision=False)
     results = []
-    for history, symmetric, pack_tokens in SETTINGS:
+    for history, symmetric, pack_tokens, exchange in SETTINGS:
         batch = one_batch(folder, processing, history, rank, world_size, pack_tokens)
-        task = MuCoTask(embedder, LossOptions(temperature=0.1, symmetric=symmetric))
+        task = MuCoTask(embedder, LossOptions(temperature=0.1, symmetric=symmetric, key_exchange=exchange))
         task.zero_grad()
         result = task.loss([task(pack) for pack in batch.packs], batch.packs, batch.rows_per_rank)
         result.loss.backward()
@@ -92,7 +99,8 @@ def one_batch(
     index = open_index(Indexer(reader, packer.template, packer.images), None, builder=True, progress=False)
     draw: dict[str, Any] = {"query_history": history, "target_history": history, "seed": 3}
     flops = FlopsModel.from_config(AutoConfig.from_pretrained(folder / "model"), train_vision=True)
-    plan = Plan(index, packer.template, flops, images=IMAGES, pack_tokens=pack_tokens, world_size=world_size, **draw)
+    mixture = Mixture([len(index)], [None], images=IMAGES, run=1, seed=3)
+    plan = Plan(index, packer.template, flops, mixture, pack_tokens=pack_tokens, world_size=world_size, **draw)
     batch = StepDataset(plan, Collator(reader, index, packer, **draw), rank, max_steps=2)[1]
     assert isinstance(batch, StepBatch)
     return batch
@@ -102,8 +110,10 @@ def test_gradient_on_1_2_and_4_ranks_equals_one_process(folder: Path) -> None:
     expected = losses_and_gradients(folder)
     for world_size in (2, 4):
         for results in run_distributed(losses_and_gradients, world_size, folder, timeout_s=300.0):
-            # In several packs or in one, the mixture is the same batch.
-            for (loss, gradients), (other_loss, others) in zip([*expected[:3], expected[2]], results, strict=True):
+            # In several packs or in one, with the keys gathered or in a ring, the mixture is the same batch.
+            for (loss, gradients), (other_loss, others) in zip(
+                [*expected[:3], *expected[2:3] * 2], results, strict=True
+            ):
                 assert any("visual" in name and grad.abs().max() > 0 for name, grad in gradients.items())
                 assert other_loss == pytest.approx(loss, rel=1e-6)
                 for name, gradient in gradients.items():
@@ -111,8 +121,8 @@ def test_gradient_on_1_2_and_4_ranks_equals_one_process(folder: Path) -> None:
                     assert error < 1e-6, f"{name}: relative error {error:.1e} on {world_size} ranks"
 
 
-def test_some_rank_holds_no_picture(folder: Path) -> None:
-    """The case above must include it, or it proves nothing about ranks whose pack has only the dummy picture."""
+def test_some_pack_holds_no_picture_beside_one_that_does(folder: Path) -> None:
+    """The case above must include it, or it proves nothing about packs that have only the dummy picture."""
     processing = Processing.load(str(folder / "model"), Settings("<|emb|>", 56 * 56, 84 * 84, None))
-    batches = [one_batch(folder, processing, 0.0, rank, world_size=4) for rank in range(4)]
-    assert {batch.packs[0].has_images for batch in batches} == {True, False}
+    packs = [one_batch(folder, processing, 0.5, rank, world_size=4, pack_tokens=400).packs for rank in range(4)]
+    assert any({pack.has_images for pack in together} == {True, False} for together in zip(*packs, strict=True))

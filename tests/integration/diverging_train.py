@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from muco_ds.data.plan import Plan
+from muco_ds.data.mixture import Mixture
 
-right = Plan.samples
+right = Mixture.batch
 
 
-def wrong(self: Plan, step: int) -> tuple[int, np.ndarray]:
-    epoch, samples = right(self, step)
-    return epoch, samples[::-1].copy() if step >= 2 else samples
+def wrong(self: Mixture, step: int) -> tuple[np.ndarray, np.ndarray]:
+    samples_B, passes_B = right(self, step)
+    return (samples_B[::-1].copy() if step >= 2 else samples_B), passes_B
 
 
 if os.environ.get("RANK") == "1":
-    Plan.samples = wrong  # type: ignore[method-assign]
+    Mixture.batch = wrong  # type: ignore[method-assign]
 train = Path(__file__).parents[2] / "launch" / "train.py"
 sys.argv[0] = str(train)
 runpy.run_path(str(train), run_name="__main__")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from muco_ds.config_cli import load_config, parse_args
@@ -169,3 +171,23 @@ def test_print_config_is_a_recipe(demo: Demo, programs: Programs, tmp_path: Path
     recipe.write_text(result.stdout[0])
     assert load_config(recipe) == parse_args(demo.train(tmp_path, {"optim.lr": 0.5})[1:]).config
     assert os.listdir(tmp_path) == ["printed.yaml"]
+
+
+def test_a_mixture_trains_alike_on_any_number_of_ranks(demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    """Two data sets, the rare one weighted up until its rows come again within a few steps, in runs of two."""
+    rows = pq.read_table(demo.data / "train.parquet")
+    pq.write_table(rows.slice(0, 50), tmp_path / "many.parquet")
+    pq.write_table(rows.slice(50, 6), tmp_path / "few.parquet")
+    recipe = yaml.safe_load(demo.recipe.read_text())
+    recipe["data"]["train"] = [
+        {"path": str(tmp_path / "many.parquet"), "weight": 1},
+        {"path": str(tmp_path / "few.parquet"), "images": str(demo.data / "images"), "weight": 1},
+    ]
+    recipe["batch"]["source_run"] = 2
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    runs = []
+    for ranks in (1, 2):
+        mixture = replace(demo, folder=tmp_path)
+        programs.run(mixture.train(tmp_path / str(ranks), SHORT), ranks=ranks).check()
+        runs.append(losses(tmp_path / str(ranks)))
+    close(*runs)

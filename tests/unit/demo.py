@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.demo_scenes import M3T_SCHEMA, row_texts, write_data
 from muco_ds.data.index import Index, Indexer, open_index
+from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader
 from muco_ds.flops import FlopsModel
@@ -68,8 +69,8 @@ class Rows:
             self.index,
             self.packer.template,
             self.flops,
+            Mixture([len(self.index)], [None], images=images, run=1, seed=seed),
             seed=seed,
-            images=images,
             pack_tokens=pack_tokens,
             world_size=world_size,
             query_history=history,

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from muco_ds.data.collator import QUERY, TARGET, Packer, Side
+from muco_ds.data.collator import QUERY, TARGET, Collator, Packer, Side
 from muco_ds.data.demo_scenes import M3T_SCHEMA
 from muco_ds.data.images import ImageError
 from muco_ds.data.index import target_hash
 from muco_ds.data.schema import TURNS_PER_SAMPLE, Dialogue, PackedBatch, RowCounts
 
 from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows
+
+
+def in_pass(collator: Collator, samples: np.ndarray, number: int) -> PackedBatch:
+    """These samples as they are packed in pass `number`."""
+    return collator(samples, np.full(len(samples), number))
 
 
 def turn_texts(packer: Packer, batch: PackedBatch) -> list[str]:
@@ -34,7 +39,7 @@ def turn_texts(packer: Packer, batch: PackedBatch) -> list[str]:
 @pytest.mark.parametrize("history", [0.0, 1.0])
 def test_queries_first_then_their_targets(mixed: Rows, history: float) -> None:
     samples = np.array([3, 11, 0, 21])
-    batch = mixed.collator(history=history)(samples, epoch=2)
+    batch = in_pass(mixed.collator(history=history), samples, 2)
     records = {int(sample): mixed.reader.record(int(mixed.index.samples["row"][sample])) for sample in samples}
     n = sum(len(record.turns) for record in records.values())
     assert batch.counts == RowCounts(n, n) and len(batch.emb_index_E) == len(batch.ids_E3) == 2 * n
@@ -44,7 +49,7 @@ def test_queries_first_then_their_targets(mixed: Rows, history: float) -> None:
     texts = turn_texts(mixed.packer, batch)
     pairs = set()
     for i, (image_id, pair_id, hashed) in enumerate(batch.ids_E3[:n].tolist()):
-        sample, turn = divmod(pair_id, TURNS_PER_SAMPLE)
+        sample, turn = pair_id // TURNS_PER_SAMPLE % 2**37, pair_id % TURNS_PER_SAMPLE
         record = records[sample]
         assert image_id == mixed.index.samples["image_id"][sample]
         assert hashed == target_hash(record.turns[turn].target, record.target_images)
@@ -52,7 +57,7 @@ def test_queries_first_then_their_targets(mixed: Rows, history: float) -> None:
             assert texts[i] in record.turns[turn].questions and texts[n + i] == record.turns[turn].target
         pairs.add((sample, turn))
     assert len(pairs) == n
-    owners = batch.ids_E3[:n, 1] // TURNS_PER_SAMPLE
+    owners = batch.ids_E3[:n, 1] // TURNS_PER_SAMPLE % 2**37
     assert owners.unique_consecutive().tolist() == samples.tolist()
 
 
@@ -60,20 +65,20 @@ def test_both_sides_are_shuffled_alike_and_anew_each_epoch(scenes: Rows) -> None
     collator = scenes.collator()
     orders = []
     for epoch in range(4):
-        batch = collator(np.array([5, 6]), epoch)
+        batch = in_pass(collator, np.array([5, 6]), epoch)
         turns = (batch.ids_E3[:, 1] % TURNS_PER_SAMPLE).reshape(2, 2, 7)  # side, sample, turn
         assert torch.equal(turns[0], turns[1])
         assert all(sorted(order) == list(range(7)) for order in turns[0].tolist())
         orders += [tuple(order) for order in turns[0].tolist()]
     assert len(set(orders)) > 6
-    first = [int(collator(np.array([sample]), 0).ids_E3[0, 1] % TURNS_PER_SAMPLE) for sample in range(64)]
+    first = [int(in_pass(collator, np.array([sample]), 0).ids_E3[0, 1] % TURNS_PER_SAMPLE) for sample in range(64)]
     assert np.bincount(first, minlength=7).min() >= 1
 
 
 def test_the_order_of_a_sample_does_not_depend_on_its_pack(mixed: Rows) -> None:
     collator = mixed.collator()
-    alone, together = collator(np.array([9]), 1), collator(np.array([2, 9, 30]), 1)
-    mine = together.ids_E3[:, 1] // TURNS_PER_SAMPLE == 9
+    alone, together = in_pass(collator, np.array([9]), 1), in_pass(collator, np.array([2, 9, 30]), 1)
+    mine = together.ids_E3[:, 1] // TURNS_PER_SAMPLE % 2**37 == 9
     assert torch.equal(together.ids_E3[mine], alone.ids_E3)
     rows = together.input_ids_T.tolist()
     part = alone.input_ids_T.tolist()
@@ -84,22 +89,23 @@ def test_paraphrases_change_over_epochs(scenes: Rows) -> None:
     collator = scenes.collator(history=0.0)
     seen: dict[int, set[str]] = {}
     for epoch in range(8):
-        batch = collator(np.array([5]), epoch)
+        batch = in_pass(collator, np.array([5]), epoch)
         for pair_id, text in zip(batch.ids_E3[:7, 1].tolist(), turn_texts(scenes.packer, batch)[:7], strict=True):
-            seen.setdefault(pair_id, set()).add(text)
+            seen.setdefault(pair_id % TURNS_PER_SAMPLE, set()).add(text)
     assert max(map(len, seen.values())) == 3 and min(map(len, seen.values())) >= 2
 
 
 def test_histories_are_drawn_per_dialogue(scenes: Rows) -> None:
     samples = np.arange(64)
     for history, expected in ((0.0, 64 * 2 * 8), (1.0, 64 * 2)):
-        assert len(scenes.collator(history=history)(samples, 0).segments.cu_q_S1) - 1 == expected
-    segments = [len(scenes.collator(history=0.5)(samples, epoch).segments.cu_q_S1) - 1 for epoch in (0, 1)]
+        assert len(in_pass(scenes.collator(history=history), samples, 0).segments.cu_q_S1) - 1 == expected
+    batches = [in_pass(scenes.collator(history=0.5), samples, number) for number in (0, 1)]
+    segments = [len(batch.segments.cu_q_S1) - 1 for batch in batches]
     assert segments[0] != segments[1] and all(64 * 2 * 2 < count < 64 * 2 * 7 for count in segments)
 
 
 def test_shapes_and_types(mixed: Rows) -> None:
-    batch = mixed.collator()(np.arange(8), 0)
+    batch = in_pass(mixed.collator(), np.arange(8), 0)
     rows = batch.tokens
     assert batch.position_ids_41T.shape == (4, 1, rows) and int(batch.segments.cu_q_S1[-1]) == rows
     assert batch.input_ids_T.dtype == batch.position_ids_41T.dtype == batch.emb_index_E.dtype == torch.int64
@@ -114,14 +120,14 @@ def test_a_picture_that_breaks_at_run_time_is_replaced_and_counted(demo: Demo, t
     parquet, images = write_mixed(tmp_path, count=12)
     data = open_data(demo, parquet, images, tmp_path / "index")
     samples = np.arange(12)
-    before = data.collator()(samples, 0)
+    before = in_pass(data.collator(), samples, 0)
     victim = images / "3.png"
     if damage == "deleted":
         victim.unlink()
     else:
         whole = victim.read_bytes()
         victim.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"text")
-    after, again = data.collator()(samples, 0), data.collator()(samples, 0)
+    after, again = in_pass(data.collator(), samples, 0), in_pass(data.collator(), samples, 0)
     records = [data.reader.record(i) for i in range(12)]
     users = sum((*record.query_images, *record.target_images).count(str(victim)) for record in records)
     assert before.replaced_images == 0 and after.replaced_images == users > 0
@@ -144,7 +150,7 @@ def test_a_pack_without_pictures_carries_a_dummy(demo: Demo, tmp_path: Path) -> 
     data = open_data(
         demo, write_rows(tmp_path / "rows.parquet", rows, M3T_SCHEMA), tmp_path / "images", tmp_path / "index"
     )
-    batch = data.collator()(np.arange(4), 0)
+    batch = in_pass(data.collator(), np.arange(4), 0)
     assert not batch.has_images and batch.patches == 0 and batch.replaced_images == 0
     assert batch.pixels_PC.shape == (4, 1176) and batch.grid_thw_I3.tolist() == [[1, 2, 2]]
     assert not (batch.input_ids_T == data.packer.template.image_pad).any()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from muco_ds.config import RunConfig, check_paths, save_config, validate
+from muco_ds.config import RunConfig, Source, check_paths, save_config, validate
 from muco_ds.config_cli import load_config, parse_args
 from muco_ds.errors import UserError
 
@@ -227,3 +227,53 @@ def test_user_errors_end_every_rank_in_one_voice(rank: dict[str, str], common: b
 def test_reading_a_config_does_not_import_torch() -> None:
     code = "import sys, muco_ds.config_cli, muco_ds.ds_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+MIXTURE = """
+run: {name: x, max_steps: 300}
+model: {path: demo/model}
+data:
+  images: pictures
+  train:
+    - {path: a.parquet, weight: 2}
+    - {path: b.parquet, images: others, weight: 1}
+"""
+
+
+def test_a_mixture_is_a_list_of_data_sets(tmp_path: Path) -> None:
+    path = tmp_path / "mixture.yaml"
+    path.write_text(MIXTURE)
+    config = parse_args(["--config", str(path)]).config
+    assert config.data.sources() == [Source("a.parquet", "pictures", 2.0), Source("b.parquet", "others", 1.0)]
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    one = parse_args(["--config", str(path), "--data.train", "c.parquet"]).config
+    assert one.data.sources() == [Source("c.parquet", "pictures", None)]
+    with pytest.raises(UserError, match=r"data\.train\[0\]\.path: no such file or folder 'a\.parquet'"):
+        check_paths(config)
+    (tmp_path / "a.parquet").touch()
+    sources = [Source(str(tmp_path / "a.parquet"), "nowhere")]
+    with pytest.raises(UserError, match=r"data\.train\[0\]\.images: no such folder 'nowhere'"):
+        check_paths(changed(config, "data", train=sources, images=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("weight: 2", "wieght: 2", "unknown key 'data.train[0].wieght'"),
+        ("path: b.parquet, ", "", "data.train[1] has no path"),
+        ("weight: 2", "weight: two", "expected str | list[Source]"),
+        (", weight: 2", "", "data.train[0] has no weight but others have"),
+        ("weight: 2", "weight: -2", "data.train[0].weight is -2.0: it must be a finite number above 0"),
+        ("weight: 2", "weight: .inf", "data.train[0].weight is inf"),
+        ("model:", "batch: {source_run: 7, images: 64}\nmodel:", "batch.source_run is 7, which does not divide"),
+    ],
+)
+def test_mistakes_in_a_mixture_are_named(old: str, new: str, words: str, tmp_path: Path) -> None:
+    assert old in MIXTURE
+    assert words in with_recipe(tmp_path, MIXTURE.replace(old, new))
+
+
+def test_an_empty_mixture_is_refused(tmp_path: Path) -> None:
+    text = MIXTURE[: MIXTURE.index("  train:")] + "  train: []\n"
+    assert "data.train is an empty list" in with_recipe(tmp_path, text)

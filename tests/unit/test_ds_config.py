@@ -90,7 +90,12 @@ def test_lower_precision_exchange_is_the_jsons_choice(tmp_path: Path) -> None:
         ('{"gradient_clipping": 1.0}', ["gradient_clipping", "1.0", "0.7", "optim.max_grad_norm"]),
         ('{"train_batch_size": 256}', ["train_batch_size", "256", "4"]),
         ('{"train_micro_batch_size_per_gpu": 8}', ["train_micro_batch_size_per_gpu", "8", "1"]),
-        ('{"gradient_accumulation_steps": 2}', ["gradient_accumulation_steps", "2", "1"]),
+        (
+            '{"gradient_accumulation_steps": 2}',
+            ["gradient_accumulation_steps", "2", "1", "negatives", "gradient cache"],
+        ),
+        ('{"bf16": {"check_grad_overflow": false}}', ["bf16.check_grad_overflow", "false", "skipped"]),
+        ('{"zero_optimization": {"compute_grad_norm": false}}', ["zero_optimization.compute_grad_norm", "remove"]),
         ('{"bf16": {"enabled": false}}', ["bf16.enabled", "false", "true", "precision"]),
         ('{"bf16": {"enabled": 1}}', ["bf16.enabled", "1", "true"]),
         ('{"bf16": true}', ["bf16", "object"]),

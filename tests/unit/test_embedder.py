@@ -13,7 +13,7 @@ import torch
 
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.models.attention import segment_attention
-from muco_ds.models.embedder import Embedder, KeptVision
+from muco_ds.models.embedder import DeviceRoom, Embedder, KeptVision
 
 from tiny_models import KINDS, POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue
 
@@ -238,17 +238,30 @@ def test_pack_without_pictures_gives_the_tower_zero_gradients_and_no_influence(
     assert torch.equal(emb_ED, model(batch))
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_tower_runs_once_for_both_passes(frozen: bool) -> None:
+@pytest.mark.parametrize(("frozen", "room"), [(True, 2**20), (True, 0), (False, 2**20)])
+def test_a_frozen_tower_runs_once_for_both_passes(frozen: bool, room: int) -> None:
     model = new_embedder(KINDS[0])
     model.freeze_vision = frozen
     batch = pack([ONE, TEXT], False, KINDS[0])
     calls: list[int] = []
     model.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    kept = KeptVision()
+    kept = KeptVision(DeviceRoom(room))
     first_ED, second_ED = model(batch, kept), model(batch, kept)
     assert torch.equal(first_ED, second_ED)
     assert len(calls) == (1 if frozen else 2)
+
+
+def test_vision_features_stay_on_the_device_while_there_is_room() -> None:
+    """Three packs of 80 bytes in room for 170: the third is moved away, and comes back the same."""
+    room = DeviceRoom(170)
+    features = [torch.full((4, 5), float(i)) for i in range(3)]
+    kept = [KeptVision(room) for _ in features]
+    for one, features_ND in zip(kept, features, strict=True):
+        assert one.get(features_ND.device) is None
+        one.put(features_ND)
+    back = [one.get(torch.device("cpu")) for one in kept]
+    assert [found is put for found, put in zip(back, features, strict=True)] == [True, True, False]
+    assert back[2] is not None and torch.equal(back[2], features[2])
 
 
 def test_pooling_outside_a_forward_of_the_embedder_is_our_mistake() -> None:

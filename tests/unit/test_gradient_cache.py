@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from muco_ds.distributed.gradient_cache import cached_backward
+from muco_ds.distributed.gradient_cache import cached_backward, prepare
+from muco_ds.errors import UserError
 
 
 class Engine(nn.Module):
@@ -19,8 +21,11 @@ class Engine(nn.Module):
     def __init__(self, stage: int, dropout: float) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4)).double()
+        self.module = self.model = nn.Sequential(
+            nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4)
+        ).double()
         self.stage = stage
+        self.optimizer: Any = type("Optimizer", (), {} if stage == 0 else {"_coalesce_grad_reduction": False})()
         self.calls: list[str] = []
 
     def forward(self, rows_ND: torch.Tensor) -> torch.Tensor:
@@ -30,6 +35,9 @@ class Engine(nn.Module):
     def backward(self, loss: torch.Tensor) -> None:
         self.calls.append("backward")
         loss.backward()
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        return torch.float64, torch.float64
 
     def zero_optimization_stage(self) -> int:
         return self.stage
@@ -98,3 +106,12 @@ def test_gradients_are_reduced_once_for_all_packs() -> None:
     assert sharded.calls == ["no graph", "no graph", "coalesce", *again, *again, "reduce"]
     boundaries = ["boundary False", *again, "boundary True", *again, "boundary True"]
     assert plain.calls == ["no graph", "no graph", *boundaries]
+
+
+def test_an_engine_that_cannot_hold_back_its_reduction_is_refused() -> None:
+    engine = Engine(2, 0.0)
+    engine.optimizer = type("OldOptimizer", (), {})()
+    with pytest.raises(UserError, match=r"OldOptimizer can't reduce .*ZeRO stage 2.* 0\.19\.8 or newer"):
+        prepare(engine)
+    engine.optimizer._coalesce_grad_reduction = False
+    prepare(engine)

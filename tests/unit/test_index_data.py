@@ -59,7 +59,7 @@ def test_report_and_index(
 
     with monkeypatch.context() as patch:
         patch.setattr(index_module, "_build", must_not_build)
-        reader, index = open_rows(config, demo.packer(), config.data.train, "data.train")
+        reader, index = open_rows(config, demo.packer(), config.data.sources()[0], "data.train")
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert index.bad_rows > 0 and lines["rows"] == f"rows      40, usable {len(index)}, bad {index.bad_rows}"
     assert len(reader) == 40 and done.stdout.count("3.png: no such file") == min(index.bad_rows, 5)

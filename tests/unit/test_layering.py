@@ -28,10 +28,10 @@ LEVELS = [
         "optim",
     },
     {"models"},
-    {"tasks"},
+    {"memory", "tasks"},
     {"checkpoint", "eval"},
-    {"build", "export", "export_st", "resume"},
-    {"trainer"},
+    {"nonfinite", "build", "export", "export_st", "reshard", "resume"},
+    {"preflight", "trainer"},
     {"launch", "tools"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

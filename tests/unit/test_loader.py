@@ -26,7 +26,7 @@ def batches(rows: Rows, start: int = 0, workers: int = 0, rank: int = 0) -> list
 
 def assert_same(a: StepBatch, b: StepBatch) -> None:
     assert (a.step, a.epoch, a.rows_per_rank, a.images, a.cost) == (b.step, b.epoch, b.rows_per_rank, b.images, b.cost)
-    assert a.sample_rows.tolist() == b.sample_rows.tolist() and len(a.packs) == len(b.packs)
+    assert a.samples.tolist() == b.samples.tolist() and len(a.packs) == len(b.packs)
     for x, y in zip(a.packs, b.packs, strict=True):
         assert_same_pack(x, y)
 
@@ -58,21 +58,22 @@ def test_starting_later_equals_skipping(mixed: Rows) -> None:
 def test_a_step_tells_each_rank_about_all(mixed: Rows) -> None:
     for a, b in zip(batches(mixed, rank=0), batches(mixed, rank=1), strict=True):
         assert a.rows_per_rank == b.rows_per_rank == [a.packs[0].counts, b.packs[0].counts]
-        assert not set(a.sample_rows) & set(b.sample_rows) and len(a.sample_rows) + len(b.sample_rows) == a.images == 10
+        assert not set(a.samples) & set(b.samples) and len(a.samples) + len(b.samples) == a.images == 10
         assert a.cost == b.cost and a.cost["llm_tokens"] == a.packs[0].tokens + b.packs[0].tokens
         assert a.cost["vit_patches"] == a.packs[0].patches + b.packs[0].patches
         assert 0 < a.cost["pack_fill"] <= 1 <= a.cost["imbalance"]
 
 
 class MistakenCollator(Collator):
-    def __call__(self, samples: np.ndarray, epoch: int) -> PackedBatch:
-        raise UserError(f"row {samples[0]}: the reason: the cure")
+    def __call__(self, samples_B: np.ndarray, passes_B: np.ndarray) -> PackedBatch:
+        raise UserError(f"row {samples_B[0]}: the reason: the cure")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_mistake_found_by_a_worker_stays_one_line(mixed: Rows, workers: int) -> None:
     dataset = dataset_of(mixed)
-    first = dataset.plan.step(0).packs[0][0][0]
+    plan = dataset.plan.step(0)
+    first = plan.samples_B[plan.packs[0][0][0]]
     collator = mixed.collator()
     collator.__class__ = MistakenCollator
     dataset.collator = collator
@@ -83,7 +84,7 @@ def test_a_mistake_found_by_a_worker_stays_one_line(mixed: Rows, workers: int) -
 
 def test_every_rank_gets_equally_many_packs_and_an_empty_one_has_no_rows(scenes: Rows) -> None:
     """Uneven work: three examples of about the same size on two ranks, a pack of one example each."""
-    largest = max(scenes.plan(images=3).costs(np.arange(len(scenes.index)), 0).tokens_B)
+    largest = max(scenes.plan(images=3).costs(np.arange(len(scenes.index)), np.zeros(len(scenes.index), int)).tokens_B)
     plan = scenes.plan(2, images=3, pack_tokens=int(largest * 1.2))
     counts = []
     for rank in range(2):

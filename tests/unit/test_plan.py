@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index
-from muco_ds.data.plan import Plan, largest_first, longest_tokens
+from muco_ds.data.assign import largest_first
+from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index, Part
+from muco_ds.data.plan import Plan, longest_tokens
 from muco_ds.data.schema import RowCounts
 from muco_ds.errors import UserError
 
@@ -31,7 +32,8 @@ def synthetic_index(samples: int, seed: int = 0, paraphrases: int = 3) -> Index:
     turn_array["question_end"] = np.cumsum(choices_N)
     turn_array["target_tokens"] = rng.integers(1, 60, len(turn_array))
     questions = rng.integers(1, 60, choices_N.sum()).astype(QUESTION)
-    return Index(Path("nowhere"), sample_array, turn_array, questions, bad_rows=0)
+    parts = (Part("data.train", samples, 0),)
+    return Index(Path("nowhere"), sample_array, turn_array, questions, 0, parts)
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +47,21 @@ def test_the_global_batch_does_not_depend_on_the_ranks(big: Rows, world_size: in
     for step in (0, 1, 17):
         a, b = one.step(step), many.step(step)
         assert len(b.packs) == world_size
-        flat = [np.concatenate([pack for rank in plan.packs for pack in rank]) for plan in (a, b)]
-        assert sorted(flat[0]) == sorted(flat[1]) and len(set(flat[1])) == 64
-        assert (a.tokens, a.patches, a.images, a.epoch) == (b.tokens, b.patches, b.images, b.epoch)
+        assert a.samples_B.tolist() == b.samples_B.tolist() and a.passes_B.tolist() == b.passes_B.tolist()
+        for plan in (a, b):
+            assert sorted(np.concatenate([pack for rank in plan.packs for pack in rank])) == list(range(64))
+        assert (a.tokens, a.patches, a.images) == (b.tokens, b.patches, b.images)
         assert a.flops == pytest.approx(b.flops)
 
 
 def test_an_epoch_visits_a_row_at_most_once(big: Rows) -> None:
     plan = big.plan(images=96, pack_tokens=1_000_000)
-    assert plan.steps_per_epoch == 10
+    assert plan.mixture.steps_per_epoch == 10
     epochs = []
     for epoch in range(3):
-        steps = [plan.samples(step) for step in range(epoch * 10, epoch * 10 + 10)]
-        assert {e for e, _ in steps} == {epoch}
-        epochs.append(np.concatenate([samples for _, samples in steps]))
+        steps = [plan.mixture.batch(step) for step in range(epoch * 10, epoch * 10 + 10)]
+        assert {number for _, passes in steps for number in passes} == {epoch}
+        epochs.append(np.concatenate([samples for samples, _ in steps]))
         assert len(set(epochs[-1])) == 960
     assert (epochs[0] == epochs[1]).mean() < 0.02
     left_out = [set(range(1000)) - set(samples) for samples in epochs]
@@ -69,8 +72,11 @@ def test_a_fresh_plan_gives_the_same_step_and_another_seed_another(big: Rows) ->
     first, again, other = (big.plan(3, 32, 100_000, seed=seed).step(123) for seed in (5, 5, 6))
     for a, b in zip(first.packs, again.packs, strict=True):
         assert [pack.tolist() for pack in a] == [pack.tolist() for pack in b]
-    assert dataclasses.replace(first, packs=[]) == dataclasses.replace(again, packs=[])
-    assert [p.tolist() for r in first.packs for p in r] != [p.tolist() for r in other.packs for p in r]
+    for name in ("samples_B", "passes_B"):
+        assert getattr(first, name).tolist() == getattr(again, name).tolist()
+    bare = [dataclasses.replace(plan, packs=[], samples_B=None, passes_B=None) for plan in (first, again)]
+    assert bare[0] == bare[1] and first.digest() == again.digest() != other.digest()
+    assert first.samples_B.tolist() != other.samples_B.tolist()
 
 
 def test_packs_stay_within_their_budget(big: Rows) -> None:
@@ -79,7 +85,8 @@ def test_packs_stay_within_their_budget(big: Rows) -> None:
         step_plan = plan.step(step)
         for rank in step_plan.packs:
             for pack in rank:
-                assert plan.costs(pack, step_plan.epoch).tokens_B.sum() <= 4096
+                costs = plan.costs(step_plan.samples_B[pack], step_plan.passes_B[pack])
+                assert costs.tokens_B.sum() <= 4096
         n_packs = max(map(len, step_plan.packs))
         assert step_plan.pack_fill == pytest.approx(step_plan.tokens / (2 * n_packs * 4096))
 
@@ -90,7 +97,7 @@ def test_no_epoch_draws_a_row_that_outgrows_a_pack(big: Rows) -> None:
     for history in (0.0, 0.5, 1.0):
         longest = longest_tokens(big.index, big.packer.template, 0, 1000, history, history)
         plan = big.plan(images=8, pack_tokens=int(longest.max()), history=history)
-        drawn = np.stack([plan.costs(samples, epoch).tokens_B for epoch in range(60)])
+        drawn = np.stack([plan.costs(samples, np.full(1000, number)).tokens_B for number in range(60)])
         assert (drawn <= longest).all()
         assert (drawn.max(0) == longest).mean() > 0.2  # a bound that is reached, not just any
         with pytest.raises(UserError, match="needs"):
@@ -108,18 +115,19 @@ def test_predictions_equal_what_is_collated(mixed: Rows, history: float, world_s
         tokens = patches = 0
         for packs, counts in zip(step_plan.packs, step_plan.rows_per_rank, strict=True):
             assert len(packs) == 1
-            batch = collator(packs[0], step_plan.epoch)
+            samples, passes = step_plan.samples_B[packs[0]], step_plan.passes_B[packs[0]]
+            batch = collator(samples, passes)
             assert batch.counts == counts and counts == RowCounts(counts.queries, counts.queries)
             tokens, patches = tokens + batch.tokens, patches + batch.patches
-            assert batch.tokens == plan.costs(packs[0], step_plan.epoch).tokens_B.sum()
+            assert batch.tokens == plan.costs(samples, passes).tokens_B.sum()
         assert (tokens, patches) == (step_plan.tokens, step_plan.patches)
 
 
-def test_paraphrases_are_drawn_anew_each_epoch(big: Rows) -> None:
+def test_paraphrases_are_drawn_anew_each_pass(big: Rows) -> None:
     plan = big.plan(images=8, pack_tokens=8192, history=0.0)
-    a, b = (plan.costs(np.arange(1000), epoch).tokens_B for epoch in (0, 1))
+    a, b = (plan.costs(np.arange(1000), np.full(1000, number)).tokens_B for number in (0, 1))
     assert 0.5 < (a != b).mean() < 1.0
-    alone = np.array([plan.costs(np.array([i]), 0).tokens_B[0] for i in range(0, 1000, 97)])
+    alone = np.array([plan.costs(np.array([i]), np.array([0])).tokens_B[0] for i in range(0, 1000, 97)])
     assert (alone == a[::97]).all()
 
 

@@ -29,12 +29,21 @@ DATA = {"rows": 9, "digest": "0af1"}
 FREE = {
     *("run.dir", "run.max_steps", "run.epochs", "model.attention", "model.activation_checkpointing"),
     *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
-    *("validation.every", "validation.rows", "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "log.every"),
+    *(
+        "validation.every",
+        "validation.rows",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.resume",
+        "log.every",
+        "optim.max_skipped",
+        "loss.key_exchange",
+    ),
 }
 BOUND = {
     *("run.name", "run.seed", "run.precision", "model.path", "model.pool_token", "model.freeze_vision"),
     *("task.name", "task.query_history", "task.target_history"),
-    *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images"),
+    *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.lr", "optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
     *("loss.mask_same_target", "deepspeed"),

@@ -1,0 +1,101 @@
+"""Several data sets as one: their rows one after the other, their length indices put together on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from muco_ds.data import draws
+from muco_ds.data.index import Index, Part, load_index, publish_index, seen_index, writing_index
+from muco_ds.data.readers import M3TReader
+from muco_ds.data.schema import Record
+
+_CHUNK = 2**20
+
+
+class JoinedReader:
+    """Readers as one; row numbers go on from one to the next."""
+
+    def __init__(self, readers: Sequence[M3TReader]) -> None:
+        self.readers = list(readers)
+        self._ends = list(accumulate(map(len, readers)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def record(self, row: int) -> Record:
+        """The row as a Record. Raises RowError when it can't be used."""
+        which = bisect_right(self._ends, row)
+        start = self._ends[which - 1] if which else 0
+        return replace(self.readers[which].record(row - start), row=row)
+
+
+def join_indices(parts: Sequence[Index], readers: Sequence[M3TReader], folder: str | None, *, builder: bool) -> Index:
+    """One index over several data sets, written once like theirs and memory-mapped: millions of rows cost no memory.
+
+    Args:
+        folder: where indices live; default beside the index of the first data set.
+        builder: as in `open_index`.
+    Raises:
+        UserError: the folder can't be written, or what was built is not seen here.
+    """
+    names = hashlib.sha256("\n".join(part.folder.name for part in parts).encode()).hexdigest()[:20]
+    path = (Path(folder) if folder else parts[0].folder.parent) / f"joined_{names}"
+    if builder and not (path / "meta.json").exists():
+        with writing_index(path):
+            _write(parts, readers, path)
+    index = load_index(seen_index(path))
+    samples = accumulate(map(len, parts))
+    first_rows = [0, *accumulate(map(len, readers))]
+    named = tuple(Part(reader.key, end, row) for reader, end, row in zip(readers, samples, first_rows, strict=False))
+    return replace(index, parts=named)
+
+
+def _write(parts: Sequence[Index], readers: Sequence[M3TReader], path: Path) -> None:
+    work = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    first_row = first_turn = first_question = 0
+    with (
+        open(work / "samples.bin", "wb") as sample_file,
+        open(work / "turns.bin", "wb") as turn_file,
+        open(work / "questions.bin", "wb") as question_file,
+    ):
+        for which, (part, reader) in enumerate(zip(parts, readers, strict=True)):
+            for samples in _chunks(part.samples):
+                samples["row"] += first_row
+                samples["turn_end"] += first_turn
+                # A row without a picture is known by its number, which rows of other data sets have too.
+                alone = samples["query_images"] == 0
+                renamed = draws.draw_u64(0, which, samples["image_id"][alone], draws.MIXTURE)
+                samples["image_id"][alone] = (renamed >> np.uint64(1)).astype(np.int64)
+                samples.tofile(sample_file)
+            for turns in _chunks(part.turns):
+                turns["question_end"] += first_question
+                turns.tofile(turn_file)
+            for questions in _chunks(part.question_tokens):
+                questions.tofile(question_file)
+            first_row += len(reader)
+            first_turn += len(part.turns)
+            first_question += len(part.question_tokens)
+    publish_index(
+        work,
+        path,
+        files=[file for reader in readers for file in reader.files],
+        rows=first_row,
+        usable=sum(map(len, parts)),
+        bad_rows=sum(part.bad_rows for part in parts),
+    )
+
+
+def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    for start, stop in pairwise([*range(0, len(values), _CHUNK), len(values)]):
+        yield np.array(values[start:stop])

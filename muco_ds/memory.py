@@ -1,0 +1,317 @@
+"""Device memory of one rank, estimated from the configuration and the plan: does a run fit, before a GPU is taken.
+
+What is counted follows what DeepSpeed 0.19, transformers 5.23 and autograd keep (each function says why). Weights,
+gradients and optimizer states are exact; activations were compared with what autograd keeps on a CPU
+(tests/unit/test_memory.py); the allowance is an assumption. None of it has been compared with a GPU.
+
+Shape suffixes in formulas: T tokens of a pack, J key/value rows its segments attend to (T where turns are causal),
+P patches, E pooled rows, K keys of all ranks, D hidden size, F its MLP, V and M those of the vision tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from muco_ds.models.backbones import BACKBONES
+from muco_ds.models.embedder import KEPT_ON_DEVICE
+
+GIB = 2**30
+_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
+_CONTEXT = int(1.5 * GIB)  # CUDA context and kernels, cuBLAS and NCCL workspaces: usual sizes, not measured here
+_FRAGMENTATION = 0.06  # of everything else: blocks that the allocator holds and cannot use, rounding
+_LOSS_TILE = 8192 * 16384  # entries of the largest tile whose gradient the loss holds at a time
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: entries, and whether it is trained."""
+
+    numel: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a plan puts on the rank that has most of it."""
+
+    packs: int
+    tokens: int  # of the largest pack, as are the next two
+    attended: int
+    patches: int
+    rank_patches: int  # of all packs of a rank, as is the next
+    rank_rows: int
+    keys: int  # of all ranks
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device by part; `host` is what the DeepSpeed JSON moves to the CPU and is not part of `total`."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int  # weights of other ranks that ZeRO-3 holds for a while
+    inputs: int  # pixels and ids of the largest pack, and kept vision features
+    embeddings: int
+    logits: int
+    activations: int
+    update: int  # reduction of the largest gradient and the optimizer step, when activations are gone
+    allowance: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        kept = sum(
+            getattr(self, f.name) for f in fields(self) if f.name not in ("activations", "logits", "update", "host")
+        )
+        return kept + max(self.activations + self.logits, self.update)
+
+
+def estimate(
+    backbone: PretrainedConfig,
+    ds_config: dict[str, Any],
+    load: Load,
+    *,
+    vocabulary: int,
+    world_size: int,
+    precision: str,
+    freeze_vision: bool,
+    activation_checkpointing: bool,
+    fused_attention: bool = True,
+) -> Memory:
+    """Memory of the rank that has most to do.
+
+    Args:
+        backbone: configuration of a supported backbone.
+        ds_config: as `build_deepspeed_config` returns it.
+        vocabulary: ids the tokenizer can produce.
+        precision: "fp32" or "bf16".
+        fused_attention: flash-attn or torch's varlen_attn in the text tower; else grouped SDPA.
+    """
+    weights = parameters(backbone, vocabulary, freeze_vision)
+    width = _BYTES[precision]
+    device, host = _states(weights, ds_config, width, world_size, several_packs=load.packs > 1)
+    hidden = backbone.text_config.hidden_size
+    activations = activation_bytes(
+        backbone,
+        load,
+        width=width,
+        freeze_vision=freeze_vision,
+        checkpointing=activation_checkpointing,
+        fused_attention=fused_attention,
+    )
+    parts = {
+        **device,
+        "gathered": _gathered(weights, ds_config, width, world_size),
+        "inputs": _inputs(backbone, load, width, freeze_vision),
+        # Rows and keys in float32, their gradients, and the padded buffer through which keys and gradients travel.
+        "embeddings": 4 * hidden * (2 * load.rank_rows + 3 * load.keys),
+        "logits": 4 * min(_LOSS_TILE, load.rank_rows * load.keys),
+        "activations": activations,
+        "update": _update(weights, ds_config, width, world_size),
+    }
+    known = Memory(**parts, allowance=0, host=host)
+    return Memory(**parts, allowance=_CONTEXT + int(_FRAGMENTATION * known.total), host=host)
+
+
+def parameters(backbone: PretrainedConfig, vocabulary: int, freeze_vision: bool) -> list[Weight]:
+    """Every parameter, counted on the meta device, where tensors have no content."""
+    with torch.device("meta"):
+        model = BACKBONES[backbone.model_type](backbone)
+    rows = max(vocabulary, backbone.text_config.vocab_size)
+    weights = []
+    for name, parameter in model.named_parameters():
+        numel = parameter.numel()
+        if name.endswith("embed_tokens.weight"):  # the table grows where the tokenizer has more ids
+            numel = rows * parameter.shape[1]
+        weights.append(Weight(numel, trained=not (freeze_vision and name.startswith("visual."))))
+    return weights
+
+
+def _states(
+    weights: list[Weight], ds_config: dict[str, Any], width: int, world_size: int, *, several_packs: bool
+) -> tuple[dict[str, int], int]:
+    """Weights, gradients and optimizer states: bytes on the device by part, and bytes on the host.
+
+    - Stage 3 splits each parameter on its own, rounded up; stages 1 and 2 split all trained ones together.
+    - Adam keeps two float32 moments of the trained ones. ZeRO keeps a float32 master copy, of float32 weights as well.
+    - Reduced gradients are kept in `grad_accum_dtype`, split from stage 1 on (stage 1 also keeps them whole). On their
+      way they lie in one bucket (stages 1 and 2 with overlap_comm: two).
+    - With several packs, gradients wait whole on every rank, in that type too, until all packs are through
+      (`coalesce_grad_reduction`).
+    """
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    trained = [weight.numel for weight in weights if weight.trained]
+    everything, ours = sum(weight.numel for weight in weights), sum(trained)
+    share = ours
+    if stage == 3:
+        everything = sum(-(-weight.numel // world_size) for weight in weights)
+        share = sum(-(-numel // world_size) for numel in trained)
+    elif stage > 0:
+        share = -(-ours // world_size)
+    accumulated = _accumulated(ds_config, width)
+    master = 4 * share if stage > 0 else 0
+    reduced = accumulated * share if stage > 0 else 0
+    waiting = (accumulated if several_packs else 0) * ours
+    if stage == 0:
+        waiting = 4 * ours
+    elif stage == 1:
+        waiting = accumulated * ours
+    states = {"weights": width * everything, "gradients": reduced, "optimizer": 8 * share + master}
+    offloaded = []
+    if _offloaded(zero, "offload_param"):
+        offloaded.append("weights")
+    if _offloaded(zero, "offload_optimizer"):
+        offloaded += ["optimizer", "gradients"]
+    host = sum(states.pop(part) for part in offloaded)
+    states |= dict.fromkeys(offloaded, 0)
+    states["gradients"] += waiting + _buckets(zero, ds_config, stage, width)
+    return states, host
+
+
+def _offloaded(zero: dict[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"
+
+
+def _buckets(zero: dict[str, Any], ds_config: dict[str, Any], stage: int, width: int) -> int:
+    """Buffers through which gradients are reduced: allocated whole, however small the model."""
+    if stage == 0 or not zero.get("contiguous_gradients", True):
+        return 0
+    size = int(zero.get("reduce_bucket_size", 5e8))
+    if stage == 3:
+        return size * _communicated(ds_config, width)
+    return size * width * (2 if zero.get("overlap_comm", False) else 1)
+
+
+def _accumulated(ds_config: dict[str, Any], width: int) -> int:
+    return _BYTES[ds_config.get("data_types", {}).get("grad_accum_dtype") or ("fp32" if width == 4 else "bf16")]
+
+
+def _communicated(ds_config: dict[str, Any], width: int) -> int:
+    return _BYTES[ds_config.get("communication_data_type") or ("fp32" if width == 4 else "bf16")]
+
+
+def _gathered(weights: list[Weight], ds_config: dict[str, Any], width: int, world_size: int) -> int:
+    """Whole weights under ZeRO-3: small ones stay, of the others as many as `stage3_max_live_parameters` allows.
+
+    That many are really held, because what is used again within `stage3_max_reuse_distance` is not released. One rank
+    holds everything already.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage", 0) < 3 or (world_size == 1 and not _offloaded(zero, "offload_param")):
+        return 0
+    threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
+    small = sum(weight.numel for weight in weights if weight.numel <= threshold)
+    large = [weight.numel for weight in weights if weight.numel > threshold]
+    # The limit stops prefetching; the module that is running gets its weights in any case.
+    live = max(int(zero.get("stage3_max_live_parameters", 1e9)), max(large, default=0))
+    return width * (small + min(sum(large), live))
+
+
+def _update(weights: list[Weight], ds_config: dict[str, Any], width: int, world_size: int) -> int:
+    """What comes after the activations: the last gradient is that of the embedding table, larger than any bucket, and
+    is reduced from copies of its own; the step then flattens gradients into a float32 copy."""
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    trained = [weight.numel for weight in weights if weight.trained]
+    largest = max(trained)
+    copies = 2 * _communicated(ds_config, width) if world_size > 1 else 0
+    reduction = largest * (_accumulated(ds_config, width) + copies)
+    copied = 0
+    if stage > 0 and not _offloaded(zero, "offload_optimizer"):
+        copied = min(
+            -(-sum(trained) // world_size), int(zero.get("sub_group_size", 1e9)) if stage == 3 else sum(trained)
+        )
+    return max(reduction, 4 * copied)
+
+
+def _inputs(backbone: PretrainedConfig, load: Load, width: int, freeze_vision: bool) -> int:
+    """A pack is on the device while it is worked on; float32 pixels are most of it. Of a frozen tower's output, which
+    is kept from pass one to pass two where there are several packs, `KEPT_ON_DEVICE` bytes stay there."""
+    vision, text = backbone.vision_config, backbone.text_config
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    ids = 8 * 6 * load.tokens  # token id, four positions, one index
+    cast = width * pixels * load.patches if width < 4 else 0
+    kept = min(KEPT_ON_DEVICE, width * text.hidden_size * load.rank_patches // vision.spatial_merge_size**2)
+    return 4 * pixels * load.patches + cast + ids + (kept if freeze_vision and load.packs > 1 else 0)
+
+
+def activation_bytes(
+    backbone: PretrainedConfig,
+    load: Load,
+    *,
+    width: int,
+    freeze_vision: bool,
+    checkpointing: bool,
+    fused_attention: bool,
+) -> int:
+    """Most that is held at once for the backward pass of the largest pack, with the buffers of the layer at work.
+
+    Without checkpointing everything that autograd keeps; with it the input of each layer and one layer's worth at a
+    time. The text tower goes first in the backward pass, when what the vision tower keeps is still there. A frozen
+    vision tower keeps nothing but must get through one block at a time before the text tower begins.
+    """
+    text, vision = backbone.text_config, backbone.vision_config
+    text_layer = text_layer_bytes(text, load.tokens, load.attended, width, fused_attention)
+    text_working = 3 * width * text.intermediate_size * load.tokens  # gradients of the three inner MLP tensors
+    rotary = 2 * width * load.tokens * (text.hidden_size // text.num_attention_heads)
+    layer_inputs = width * text.hidden_size * load.tokens
+    features = width * text.hidden_size * load.patches // vision.spatial_merge_size**2
+    block = vision_block_bytes(vision, load.patches, width, fused_attention)
+    mlp = 3 * width * load.patches * _vision_sizes(vision)[1]
+    block_inputs = width * _vision_sizes(vision)[0] * load.patches
+    merger = 4 * block_inputs
+    if freeze_vision:
+        vision_kept, vision_peak = features, 2 * block_inputs + mlp
+    elif checkpointing:
+        vision_kept = vision.depth * block_inputs + merger
+        vision_peak = vision_kept + block + mlp
+    else:
+        vision_kept = vision_peak = vision.depth * block + merger
+    layers = text.num_hidden_layers
+    text_kept = layers * layer_inputs + text_layer if checkpointing else layers * text_layer
+    return max(rotary + text_kept + text_working + vision_kept, vision_peak)
+
+
+def text_layer_bytes(text: PretrainedConfig, tokens: int, attended: int, width: int, fused: bool) -> int:
+    """Kept by one decoder layer.
+
+    - RMSNorm, twice: its input in float32 (in fp32 the residual stream itself), the normalised row, and the row times
+      the weight, which is the input of the projections.
+    - Attention: rotated queries, keys and values of the rows attended to, the output (input of the last projection),
+      and one float32 log-sum-exp a head. Grouped SDPA repeats keys and values to all heads and keeps its output apart
+      from that of the regrouping.
+    - SwiGLU: gate, its activation, up, and their product.
+    """
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    key_values = hidden // heads * (heads if not fused else text.num_key_value_heads)
+    norms = 2 * (4 + 2 * width) * hidden * tokens
+    outputs = 2 if fused else 3
+    attention = width * (outputs * hidden * tokens + 2 * key_values * attended) + 4 * heads * tokens
+    return norms + attention + 4 * width * text.intermediate_size * tokens
+
+
+def vision_block_bytes(vision: PretrainedConfig, patches: int, width: int, fused: bool) -> int:
+    """Kept by one block of the vision tower.
+
+    LayerNorm keeps its input and output (float32 RMSNorm in Qwen2.5-VL: as in the text tower), attention the joint
+    projection (values are a view of it), rotated queries and keys, and the output, twice where pictures are joined
+    after SDPA; the MLP its inner tensors: before, gate and after of quick-GELU, or four of SwiGLU.
+    """
+    size, inner = _vision_sizes(vision)
+    windowed = getattr(vision, "fullatt_block_indexes", None) is not None
+    norms = 2 * (4 + 2 * width) * size if windowed else 2 * 2 * width * size
+    attention = width * size * (3 + 2 + (1 if fused else 2)) + 4 * vision.num_heads
+    return patches * (norms + attention + (4 if windowed else 3) * width * inner)
+
+
+def _vision_sizes(vision: PretrainedConfig) -> tuple[int, int]:
+    """Width of the blocks and of their MLP."""
+    if getattr(vision, "fullatt_block_indexes", None) is not None:
+        return vision.hidden_size, vision.intermediate_size
+    return vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio)

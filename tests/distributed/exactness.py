@@ -1,0 +1,295 @@
+"""Three steps of the real Trainer in many settings, against a plain loop in one process on whole batches.
+
+    python tests/distributed/exactness.py [--ranks 1 2 4]
+
+runs the whole grid, {1, 2, 4 ranks} x {1, 3 packs} x {ZeRO 0, 2, 3} x {activation checkpointing} x {vision frozen,
+trained}, in fp32 and prints a table in Markdown. Every batch holds ragged dialogues in both attention layouts, rows
+with and without a picture, and ragged hard negatives, some of them with pictures, of which some are masked. Keys are
+gathered, under ZeRO 2 passed round in a ring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from muco_ds.build import Data, build_data
+from muco_ds.config import (
+    BatchOptions,
+    DataOptions,
+    LossOptions,
+    ModelOptions,
+    OptimOptions,
+    RunConfig,
+    RunOptions,
+    TaskOptions,
+)
+from muco_ds.data.collator import NEGATIVE, Collator, Side
+from muco_ds.data.demo_scenes import row_texts, write_data
+from muco_ds.data.plan import Plan, StepPlan
+from muco_ds.data.schema import Dialogue, StepBatch
+from muco_ds.distributed import env
+from muco_ds.distributed.testing import run_distributed
+from muco_ds.models.backbones import load_backbone
+from muco_ds.models.demo_model import write_model
+from muco_ds.models.embedder import Embedder
+from muco_ds.optim import build_optimizer, learning_rate
+from muco_ds.tasks.muco import MuCoTask
+from muco_ds.trainer import Trainer
+
+IMAGES, STEPS = 24, 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of the grid."""
+
+    packs: int
+    stage: int
+    checkpointing: bool
+    frozen: bool
+
+
+@dataclass
+class Outcome:
+    """Of a run: per step the global loss and every parameter's gradient, and the weights at the end."""
+
+    losses: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    weights: dict[str, torch.Tensor]
+    packs: int
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest relative errors. A parameter's is that of its tensor's norm; the tensors whose true gradient is zero (a
+    key bias, which a softmax ignores) are left out by their norm, below 1e-6 of the whole gradient's."""
+
+    loss: float
+    gradient: float
+    weight: float
+
+    def worst(self) -> float:
+        return max(self.loss, self.gradient, self.weight)
+
+
+def grid() -> list[Setting]:
+    return [Setting(*cell) for cell in product((1, 3), (0, 2, 3), (False, True), (True, False))]
+
+
+def write_rows(folder: Path) -> None:
+    """A tiny model and a parquet of ragged rows, a third of them without a picture."""
+    rows = write_data(folder / "data", 80, 1, seed=0)
+    write_model(folder / "model", row_texts(rows), seed=0)
+    for i, row in enumerate(rows):
+        turns = 1 + (3 * i) % 7
+        for column in ("qry", "pos_text", "pos_sentence", "neg_text"):
+            row[column] = row[column][:turns]
+        if i % 3 == 0:
+            row["qry_image_path"] = ""
+    schema = pq.read_schema(folder / "data" / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "data" / "train.parquet")
+
+
+def run_config(folder: Path, setting: Setting) -> RunConfig:
+    stage = {"stage": setting.stage, "stage3_param_persistence_threshold": 0}
+    name = f"{setting.packs}-{setting.stage}-{setting.checkpointing}-{setting.frozen}"
+    path = folder / f"zero{setting.stage}.json"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path.write_text(json.dumps({"zero_optimization": stage, "steps_per_print": 10**9}))
+    if dist.is_initialized():
+        dist.barrier()
+    data = folder / "data"
+    return RunConfig(
+        run=RunOptions(name=name, dir=str(folder / "runs"), max_steps=STEPS, precision="fp32", seed=3),
+        model=ModelOptions(
+            str(folder / "model"), freeze_vision=setting.frozen, activation_checkpointing=setting.checkpointing
+        ),
+        data=DataOptions(str(data / "train.parquet"), str(data / "images"), min_pixels=3136, max_pixels=7056),
+        task=TaskOptions(query_history=0.5, target_history=0.5),
+        batch=BatchOptions(images=IMAGES, pack_tokens=10**6),
+        # AdamW divides by the gradient's own size: with a tiny eps rounding decides where the gradient is zero.
+        optim=OptimOptions(lr=2e-4, warmup_steps=1, eps=1e-4, weight_decay=0.01),
+        loss=LossOptions(temperature=0.1, symmetric=True, key_exchange="ring" if setting.stage == 2 else "gather"),
+        deepspeed=str(path),
+    )
+
+
+def negatives_of(samples):  # type: ignore[no-untyped-def]
+    """How many hard negatives a sample has; a number or an array."""
+    return samples % 3
+
+
+class WithNegatives(Collator):
+    """Adds hard negatives to every sample but each third: texts, and pictures of other rows."""
+
+    def _sides(self, sample: int, number: int, query_history: bool, target_history: bool) -> list[Side]:
+        sides = super()._sides(sample, number, query_history, target_history)
+        for k in range(negatives_of(sample)):
+            other = (sample * 7 + k) % len(self.index)
+            record = self.reader.record(int(self.index.samples["row"][other]))
+            hashed = self.index.turns["target_hash"][self.index.turn_bounds(other)[0]]  # that of some row's target
+            ids_13 = np.array([[self.index.samples["image_id"][other], -1, hashed]])
+            text = f"not this: {record.turns[0].target}"
+            sides.append(Side(NEGATIVE, Dialogue((text,), record.query_images if k else ()), False, ids_13))
+        return sides
+
+
+class CountingPlan(Plan):
+    """Tells every rank of the negatives that WithNegatives adds, and chooses a budget that gives `packs` packs."""
+
+    packs: int
+
+    def step(self, step: int) -> StepPlan:
+        self.pack_tokens = 10**6
+        planned = super().step(step)
+        while len(planned.packs[0]) < self.packs:
+            self.pack_tokens = min(self.pack_tokens, planned.tokens) - 16
+            planned = super().step(step)
+        assert len(planned.packs[0]) == self.packs
+        counts = [
+            dataclasses.replace(counts, negatives=int(negatives_of(planned.samples_B[np.concatenate(packs)]).sum()))
+            for counts, packs in zip(planned.rows_per_rank, planned.packs, strict=True)
+        ]
+        return dataclasses.replace(planned, rows_per_rank=counts)
+
+
+def add_negatives(data: Data, packs: int) -> None:
+    data.plan.__class__, data.collator.__class__ = CountingPlan, WithNegatives
+    data.plan.packs = packs  # type: ignore[attr-defined]
+
+
+def trained(folder: Path, setting: Setting) -> Outcome:
+    """What the Trainer does in this setting, on as many ranks as the process group has."""
+    trainer = Trainer(run_config(folder, setting), env.start())
+    add_negatives(trainer.data, setting.packs)
+    outcome = Outcome([], [], {}, setting.packs)
+    take_step = trainer.guard.step
+
+    def recorded(engine, batch: StepBatch, loss: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+        total = loss.clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        outcome.losses.append(float(total))
+        outcome.gradients.append(full_tensors(engine, gradients=True))
+        take_step(engine, batch, loss)
+
+    trainer.guard.step = recorded  # type: ignore[method-assign]
+    steps = trainer.data.steps(STEPS)
+    for step in range(STEPS):
+        batch = steps[step]
+        assert isinstance(batch, StepBatch) and len(batch.packs) == setting.packs
+        assert [pack.counts for pack in batch.packs] != [] and sum(rows.negatives for rows in batch.rows_per_rank) > 3
+        trainer.train_step(batch)
+    outcome.weights = full_tensors(trainer.engine, gradients=False)
+    trainer.engine.destroy()
+    return outcome
+
+
+def full_tensors(engine, gradients: bool) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Gradients averaged over the ranks, or weights, of all trained parameters, whole, under any ZeRO stage."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    named = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    if engine.zero_optimization_stage() == 0:
+        return {name: (p.grad if gradients else p).detach().clone() for name, p in named.items()}
+    get = safe_get_full_grad if gradients else safe_get_full_fp32_param
+    return {name: get(p).detach().float().clone() for name, p in named.items()}
+
+
+def reference(folder: Path, frozen: bool) -> Outcome:
+    """The same three steps as anyone would write them: one process, one pack, torch's own clipping and AdamW."""
+    config = run_config(folder, Setting(1, 0, False, frozen))
+    data = build_data(config)
+    add_negatives(data, 1)
+    backbone = load_backbone(
+        config.model.path, dtype=torch.float32, attention="sdpa", vocabulary=len(data.processing.tokenizer)
+    )
+    task = MuCoTask(Embedder(backbone, freeze_vision=frozen), config.loss).train()
+    optimizer = build_optimizer(task, config.optim)
+    named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    outcome = Outcome([], [], {}, 1)
+    for step in range(STEPS):
+        batch = data.steps(STEPS)[step]
+        assert isinstance(batch, StepBatch)
+        result = task.loss([task(batch.packs[0])], batch.packs, batch.rows_per_rank)
+        optimizer.zero_grad()
+        result.loss.backward()
+        outcome.losses.append(float(result.loss))
+        outcome.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(list(named.values()), config.optim.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, config.optim)
+        optimizer.step()
+    outcome.weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+    return outcome
+
+
+def errors(outcome: Outcome, expected: Outcome) -> Errors:
+    losses = [abs(a - b) / abs(b) for a, b in zip(outcome.losses, expected.losses, strict=True)]
+    gradients = [0.0]
+    for mine, theirs in zip(outcome.gradients, expected.gradients, strict=True):
+        assert mine.keys() == theirs.keys()
+        whole = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+        for name, gradient in theirs.items():
+            if gradient.norm() > 1e-6 * whole:
+                gradients.append(float((mine[name] - gradient).norm() / gradient.norm()))
+            else:
+                assert mine[name].norm() < 1e-5 * whole, name
+    weights = [float((outcome.weights[n] - w).norm() / w.norm().clamp_min(1e-3)) for n, w in expected.weights.items()]
+    return Errors(max(losses), max(gradients), max(weights))
+
+
+def compare(folder: Path, settings: Sequence[Setting]) -> list[Errors]:
+    """Each setting's errors, on this many ranks; the references are computed here, on rank 0's data alone."""
+    expected = torch.load(folder / "references.pt", weights_only=False)
+    return [errors(trained(folder, setting), expected[setting.frozen]) for setting in settings]
+
+
+def write_references(folder: Path) -> None:
+    torch.save({frozen: reference(folder, frozen) for frozen in (True, False)}, folder / "references.pt")
+
+
+def measure(folder: Path, ranks: int, settings: Sequence[Setting]) -> list[Errors]:
+    """Errors of each setting on `ranks` gloo processes: the largest of any rank. `write_rows` comes first."""
+    if not (folder / "references.pt").exists():
+        run_distributed(write_references, 1, folder, timeout_s=300.0)
+    per_rank = run_distributed(compare, ranks, folder, list(settings), timeout_s=120.0 + 60.0 * len(settings))
+    return [max(cell, key=Errors.worst) for cell in zip(*per_rank, strict=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    args = parser.parse_args()
+    worst = 0.0
+    print("| ranks | packs | ZeRO | checkpointing | vision | loss | gradients | weights |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        write_rows(Path(name))
+        for ranks in args.ranks:
+            for setting, found in zip(grid(), measure(Path(name), ranks, grid()), strict=True):
+                cells = [ranks, setting.packs, setting.stage, "on" if setting.checkpointing else "off"]
+                cells += ["frozen" if setting.frozen else "trained"]
+                numbers = [f"{value:.0e}" for value in (found.loss, found.gradient, found.weight)]
+                print("| " + " | ".join(map(str, [*cells, *numbers])) + " |", flush=True)
+                worst = max(worst, found.worst())
+    print(f"\nlargest relative error: {worst:.1e}")
+    return int(worst >= 1e-5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

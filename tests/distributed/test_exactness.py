@@ -1,0 +1,35 @@
+"""The real Trainer in a part of the grid of `exactness.py`, each cell against a plain loop in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from exactness import Setting, measure, write_rows
+
+pytestmark = pytest.mark.distributed
+
+CELLS = {
+    1: [Setting(3, 0, checkpointing=True, frozen=False), Setting(3, 3, checkpointing=False, frozen=True)],
+    2: [
+        Setting(1, 0, checkpointing=False, frozen=False),
+        Setting(3, 3, checkpointing=True, frozen=True),
+        Setting(3, 2, checkpointing=False, frozen=False),
+        Setting(1, 3, checkpointing=True, frozen=False),
+    ],
+    4: [Setting(3, 3, checkpointing=False, frozen=False), Setting(1, 2, checkpointing=True, frozen=True)],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exactness")
+    write_rows(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", CELLS)
+def test_loss_gradients_and_weights_are_those_of_one_process(ranks: int, folder: Path) -> None:
+    for setting, found in zip(CELLS[ranks], measure(folder, ranks, CELLS[ranks]), strict=True):
+        assert found.worst() < 1e-5, f"{setting}: {found}"

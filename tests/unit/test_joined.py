@@ -1,0 +1,99 @@
+"""Several data sets joined: the same rows, lengths and texts as each has alone, told apart in ids and messages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muco_ds.data.collator import Collator
+from muco_ds.data.index import Index, Indexer, open_index
+from muco_ds.data.joined import JoinedReader, join_indices
+from muco_ds.data.mixture import Mixture
+from muco_ds.data.plan import Plan, longest_tokens
+from muco_ds.data.readers import M3TReader
+from muco_ds.errors import UserError
+
+from demo import Rows, row, write_rows
+
+
+@pytest.fixture
+def parts(mixed: Rows, tmp_path: Path) -> tuple[list[M3TReader], list[Index]]:
+    """The mixed rows of the demo, and two text-only rows among a bad one."""
+    texts = [row([["a question"]], ["an answer"]), row([], []), row([["two", "or"], ["three"]], ["b", "c"])]
+    readers = [
+        M3TReader(str(mixed.reader.files[0]), mixed.reader.images, "data.train[0]"),
+        M3TReader(str(write_rows(tmp_path / "texts.parquet", texts)), str(tmp_path), "data.train[1]"),
+    ]
+    indexers = [Indexer(reader, mixed.packer.template, mixed.packer.images) for reader in readers]
+    return readers, [open_index(indexer, str(tmp_path / "index"), builder=True, progress=False) for indexer in indexers]
+
+
+def joined(parts: tuple[list[M3TReader], list[Index]], folder: Path) -> tuple[JoinedReader, Index]:
+    readers, indices = parts
+    return JoinedReader(readers), join_indices(indices, readers, str(folder), builder=True)
+
+
+def test_lengths_and_rows_are_those_of_the_parts(
+    mixed: Rows, parts: tuple[list[M3TReader], list[Index]], tmp_path: Path
+) -> None:
+    reader, index = joined(parts, tmp_path / "index")
+    first, second = parts[1]
+    assert len(index) == len(first) + 2 and index.bad_rows == first.bad_rows + 1
+    alone = [longest_tokens(part, mixed.packer.template, 0, len(part), 0.5, 0.5) for part in (first, second)]
+    together = longest_tokens(index, mixed.packer.template, 0, len(index), 0.5, 0.5)
+    assert together.tolist() == np.concatenate(alone).tolist()
+    for position, (part, sample) in enumerate([*((0, i) for i in range(len(first))), (1, 0), (1, 1)]):
+        record = reader.record(int(index.samples["row"][position]))
+        assert replace(record, row=0) == replace(
+            parts[0][part].record(int(parts[1][part].samples["row"][sample])), row=0
+        )
+    assert index.name(0) == f"data.train[0] row {first.samples['row'][0]}"
+    assert index.name(len(index) - 1) == "data.train[1] row 2"
+
+
+def test_text_only_rows_of_two_data_sets_are_not_one_picture(
+    parts: tuple[list[M3TReader], list[Index]], tmp_path: Path
+) -> None:
+    _, texts = parts[1]
+    twice = join_indices([texts, texts], [parts[0][1]] * 2, str(tmp_path), builder=True)
+    assert len(set(twice.samples["image_id"].tolist())) == 2 * len(texts)
+
+
+def test_plan_and_collator_agree_on_a_mixture(
+    mixed: Rows, parts: tuple[list[M3TReader], list[Index]], tmp_path: Path
+) -> None:
+    reader, index = joined(parts, tmp_path / "index")
+    sizes = [len(part) for part in parts[1]]
+    mixture = Mixture(sizes, [1.0, 1.0], images=10, run=1, seed=0)
+    draw = {"query_history": 0.5, "target_history": 0.5}
+    plan = Plan(index, mixed.packer.template, mixed.flops, mixture, seed=0, pack_tokens=100_000, world_size=2, **draw)
+    collator = Collator(reader, index, mixed.packer, seed=0, **draw)
+    for step in range(3):
+        planned = plan.step(step)
+        assert planned.passes_B.max() > 0 or step == 0, "the small data set is passed several times in a batch"
+        batches = [collator(planned.samples_B[pack], planned.passes_B[pack]) for rank in planned.packs for pack in rank]
+        assert sum(batch.tokens for batch in batches) == planned.tokens
+        pairs = np.concatenate([batch.ids_E3[: batch.counts.queries, 1].numpy() for batch in batches])
+        assert len(set(pairs.tolist())) == len(pairs), "a row that comes twice keeps its pairs apart"
+
+
+def test_a_joined_index_is_reused_and_another_mixture_is_another(
+    parts: tuple[list[M3TReader], list[Index]], tmp_path: Path
+) -> None:
+    _, index = joined(parts, tmp_path / "index")
+    written = (index.folder / "samples.bin").stat().st_mtime_ns
+    _, again = joined(parts, tmp_path / "index")
+    assert again.folder == index.folder and (again.folder / "samples.bin").stat().st_mtime_ns == written
+    readers, indices = parts
+    other = join_indices(indices[::-1], readers[::-1], str(tmp_path / "index"), builder=True)
+    assert other.folder != index.folder
+    assert other.name(0) == "data.train[1] row 0" and other.parts[1].key == "data.train[0]"
+
+
+def test_a_folder_that_cannot_be_written_is_named(parts: tuple[list[M3TReader], list[Index]], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"can't write the length index there .*: set data\.index_dir"):
+        joined(parts, tmp_path / "file" / "index")
