@@ -53,6 +53,7 @@ def measure(model: str, folder: str, rows: int, queue: multiprocessing.Queue) ->
     from muco_ds.data.mixture import Mixture
     from muco_ds.data.plan import Plan
     from muco_ds.data.readers import M3TReader
+    from muco_ds.data.stages.muco import MuCoStage
     from muco_ds.flops import FlopsModel
     from muco_ds.models.folder import Processing, Settings
 
@@ -60,11 +61,11 @@ def measure(model: str, folder: str, rows: int, queue: multiprocessing.Queue) ->
     before = anonymous_mib()
     reader = M3TReader(f"{folder}/{rows}.parquet", folder)
     index = open_index(Indexer(reader, packer.template, packer.images), None, builder=True, processes=2)
-    histories = {"query_history": 0.5, "target_history": 0.5}
+    stage = MuCoStage(index, reader, packer.template, seed=0, query_history=0.5, target_history=0.5)
     flops = FlopsModel.from_config(AutoConfig.from_pretrained(model), train_vision=True)
     mixture = Mixture([len(index)], [None], images=IMAGES, run=1, seed=0)
-    plan = Plan(index, packer.template, flops, mixture, seed=0, pack_tokens=32768, world_size=1, **histories)
-    collator = Collator(reader, index, packer, seed=0, **histories)
+    plan = Plan(stage, flops, mixture, pack_tokens=32768, world_size=1)
+    collator = Collator(stage, packer)
     for number in range(STEPS):
         step = plan.step(number)
         for pack in step.packs[0]:

@@ -30,8 +30,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from muco_ds.data.assign import assign, least_pack_tokens
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index, Part
+from muco_ds.data.joined import JoinedReader
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
+from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import load_tokenizer
@@ -91,8 +93,8 @@ def template() -> ChatTemplate:
 
 def new_plan(index: Index, chat: ChatTemplate, flops: FlopsModel, ranks: int, images: int, pack_tokens: int) -> Plan:
     mixture = Mixture([len(index)], [None], images=images, run=images, seed=0)
-    histories = {"query_history": 1.0, "target_history": 1.0}
-    return Plan(index, chat, flops, mixture, seed=0, pack_tokens=pack_tokens, world_size=ranks, **histories)
+    stage = MuCoStage(index, JoinedReader([]), chat, seed=0, query_history=1.0, target_history=1.0)
+    return Plan(stage, flops, mixture, pack_tokens=pack_tokens, world_size=ranks)
 
 
 def lockstep(packs: list[list[np.ndarray]], flops_B: np.ndarray) -> float:

@@ -20,6 +20,9 @@ from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader, Reader
 from muco_ds.data.schema import Record
+from muco_ds.data.stages.base import Stage
+from muco_ds.data.stages.muco import MuCoStage
+from muco_ds.data.templates import ChatTemplate
 from muco_ds.distributed import env
 from muco_ds.distributed.gradient_cache import prepare
 from muco_ds.ds_config import build_deepspeed_config
@@ -61,7 +64,7 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
         processing = Processing.load(config.model.path, Settings.of_run(config.model.pool_token, config.data))
         packer = processing.packer()
     reader, index = open_sources(config, packer)
-    histories = {"query_history": config.task.query_history, "target_history": config.task.target_history}
+    stage = build_stage(config, index, reader, packer.template)
     with env.agreement():
         mixture = Mixture(
             np.diff([0, *(part.end for part in index.parts)]).tolist(),
@@ -71,17 +74,25 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
             seed=config.run.seed,
         )
         plan = Plan(
-            index,
-            packer.template,
+            stage,
             FlopsModel.from_config(backbone, train_vision=not config.model.freeze_vision),
             mixture,
-            seed=config.run.seed,
             pack_tokens=config.batch.pack_tokens,
             world_size=world_size or env.world_size(),
-            **histories,
         )
-    collator = Collator(reader, index, packer, seed=config.run.seed, **histories)
-    return Data(processing, packer, plan, collator)
+    return Data(processing, packer, plan, Collator(stage, packer))
+
+
+def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatTemplate) -> Stage:
+    """The data half of the stage that `task.name` names, over these rows."""
+    return MuCoStage(
+        index,
+        reader,
+        template,
+        seed=config.run.seed,
+        query_history=config.task.query_history,
+        target_history=config.task.target_history,
+    )
 
 
 def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:

@@ -90,7 +90,7 @@ class Meter:
 
     def add(self, batch: StepBatch, waited: float) -> None:
         """A step: the work of all ranks, the pictures that this rank replaced, the seconds it waited for data."""
-        self._pairs += sum(rows.queries for rows in batch.rows_per_rank)
+        self._pairs += batch.pairs
         self._tokens += int(batch.cost["llm_tokens"])
         self._flops += batch.cost["flops"]
         self._waited += waited

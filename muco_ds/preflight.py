@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from tqdm import tqdm
 from muco_ds.build import Data, build_data
 from muco_ds.config import RunConfig
 from muco_ds.data.assign import least_pack_tokens
-from muco_ds.data.plan import SCANNED_SAMPLES, Plan, StepPlan, draw_histories, longest_tokens
+from muco_ds.data.plan import Plan, StepPlan
+from muco_ds.data.stages.base import longest_rows
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.memory import GIB, Load, Memory, estimate
 from muco_ds.models.backbones import load_config
@@ -99,9 +99,8 @@ def preflight(config: RunConfig, ranks: int, gpu_memory_gib: float, most_steps: 
 
 
 def look_at(plan: Plan, step: StepPlan) -> Planned:
-    tokens_B = plan.costs(step.samples_B, step.passes_B).tokens_B
-    attended_B = tokens_B + _repeated_prefixes(plan, step)
-    patches_B = plan.index.samples["patches"][step.samples_B]
+    costs = plan.costs(step.samples_B, step.passes_B)
+    tokens_B, attended_B, patches_B = costs.tokens_B, costs.attended_B, costs.patches_B
     packs = [pack for rank in step.packs for pack in rank]
     n_packs = len(step.packs[0])
     load = Load(
@@ -115,7 +114,7 @@ def look_at(plan: Plan, step: StepPlan) -> Planned:
     )
     return Planned(
         step=step.step + 1,
-        pairs=sum(rows.queries for rows in step.rows_per_rank),
+        pairs=step.pairs,
         llm_tokens=step.tokens,
         vit_patches=step.patches,
         tflop=step.flops / 1e12,
@@ -125,20 +124,6 @@ def look_at(plan: Plan, step: StepPlan) -> Planned:
         load=load,
         least_pack_tokens=least_pack_tokens(tokens_B, plan.world_size, n_packs, plan.pack_tokens),
     )
-
-
-def _repeated_prefixes(plan: Plan, step: StepPlan) -> np.ndarray:
-    """Key/value rows [B] of isolated turns beyond the tokens themselves: each turn attends to its prefix again."""
-    data = plan.index.samples[step.samples_B]
-    ends = plan.index.samples["turn_end"]
-    turns_B = ends[step.samples_B] - np.where(step.samples_B > 0, ends[step.samples_B - 1], 0)
-    histories = draw_histories(plan.seed, step.passes_B, step.samples_B, plan.query_history, plan.target_history)
-    repeated_B = np.zeros(len(data), np.int64)
-    for side, history_B in histories.items():
-        vision_B = data[f"{side}_image_tokens"].astype(np.int64) + 2 * data[f"{side}_images"]
-        _, prefix_B = plan.template.count(np.zeros_like(vision_B), turns_B, vision_B, history_B)
-        repeated_B += np.where(history_B, 0, turns_B * prefix_B)
-    return repeated_B
 
 
 def worst(planned: list[Planned]) -> Load:
@@ -164,7 +149,7 @@ def estimated(config: RunConfig, data: Data, ranks: int, load: Load) -> Memory:
 def advise(config: RunConfig, data: Data, ranks: int, planned: list[Planned], gpu_memory_gib: float) -> list[str]:
     """What to change: where packs are poorly filled, and where memory does not suffice."""
     load, limit = worst(planned), gpu_memory_gib * GIB
-    longest = _longest(data.plan)
+    longest = int(longest_rows(data.plan.stage).max())  # no budget may be smaller
     advice = []
     least = max(longest, math.ceil(_SPARE_TOKENS * max(step.least_pack_tokens for step in planned)))
     fill = np.mean([step.pack_fill for step in planned]) * config.batch.pack_tokens / least
@@ -217,10 +202,3 @@ def _cures(config: RunConfig, data: Data, ranks: int, load: Load, limit: float, 
             break
         more *= 2
     return cures
-
-
-def _longest(plan: Plan) -> int:
-    """Tokens of the longest example in any epoch: no budget may be smaller."""
-    bounds = [*range(0, len(plan.index), SCANNED_SAMPLES), len(plan.index)]
-    histories = plan.query_history, plan.target_history
-    return max(int(longest_tokens(plan.index, plan.template, *part, *histories).max()) for part in pairwise(bounds))

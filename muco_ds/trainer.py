@@ -192,7 +192,7 @@ class Trainer:
         replaced = torch.tensor(float(meter.replaced_images), device=self.device)
         totals = env.sum_over_ranks(torch.stack([*(stats[name].float() for name in names), replaced])).tolist()
         total = dict(zip([*names, "replaced_images"], totals, strict=True))
-        rows = sum(rows.queries for rows in batch.rows_per_rank)
+        rows = total["rows"]
         rates = meter.rates(env.world_size(), peak_flops(self.device))
         values: dict[str, float | int | None] = {
             "step": batch.step + 1,
@@ -201,7 +201,7 @@ class Trainer:
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
             "grad_norm": self.guard.grad_norm,
             "temperature": self.config.loss.temperature,
-            "pairs": rows,
+            "pairs": batch.pairs,
             "images": batch.images,
             "llm_tokens": int(batch.cost["llm_tokens"]),
             "vit_patches": int(batch.cost["vit_patches"]),

@@ -34,7 +34,8 @@ def main() -> int:
     sides = data.collator.sides(samples[: options.examples], passes[: options.examples])
     batch = data.packer.pack(sides, replace_broken=True)
     batch_picture(batch, sides, data.packer.template).save(options.output)
-    print(f"{options.output}: {batch.tokens} tokens, {batch.counts.queries} pairs, {batch.patches} patches")
+    pairs = batch.counts.queries // data.plan.stage.forms
+    print(f"{options.output}: {batch.tokens} tokens, {pairs} pairs, {batch.patches} patches")
     return 0
 
 

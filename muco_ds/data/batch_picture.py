@@ -7,9 +7,8 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from muco_ds.data.collator import QUERY, Side
 from muco_ds.data.images import decode
-from muco_ds.data.schema import PackedBatch
+from muco_ds.data.schema import QUERY, PackedBatch, Side
 from muco_ds.data.templates import ChatTemplate
 
 ROLES = {

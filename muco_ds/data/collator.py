@@ -7,26 +7,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from muco_ds.data import draws
 from muco_ds.data.images import ImageError, ImagePipeline, Patches
-from muco_ds.data.index import Index
-from muco_ds.data.plan import draw_histories, draw_paraphrases
-from muco_ds.data.readers import Reader
-from muco_ds.data.schema import Dialogue, PackedBatch, RowCounts, pair_ids
+from muco_ds.data.schema import QUERY, Dialogue, PackedBatch, RowCounts, Side
 from muco_ds.data.segments import SegmentBuilder
+from muco_ds.data.stages.base import Stage
 from muco_ds.data.templates import ChatTemplate
-
-QUERY, TARGET, NEGATIVE = range(3)
-
-
-@dataclass(frozen=True)
-class Side:
-    """One dialogue on its way into a pack. `ids_k3`: image_id, pair_id, target_hash of each turn."""
-
-    kind: int
-    dialogue: Dialogue
-    history: bool
-    ids_k3: np.ndarray
 
 
 class Packer:
@@ -111,50 +96,15 @@ class _Row:
 
 
 class Collator:
-    """Sample positions of one pack -> PackedBatch, with their pass's draws of paraphrases, order and histories."""
+    """Sample positions of one pack -> PackedBatch, with their pass's draws."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        index: Index,
-        packer: Packer,
-        *,
-        seed: int,
-        query_history: float,
-        target_history: float,
-    ) -> None:
-        self.reader, self.index, self.packer = reader, index, packer
-        self.seed, self.query_history, self.target_history = seed, query_history, target_history
+    def __init__(self, stage: Stage, packer: Packer) -> None:
+        self.stage, self.packer = stage, packer
 
     def __call__(self, samples_B: np.ndarray, passes_B: np.ndarray) -> PackedBatch:
         return self.packer.pack(self.sides(samples_B, passes_B), replace_broken=True)
 
     def sides(self, samples_B: np.ndarray, passes_B: np.ndarray) -> list[Side]:
         """The dialogues of these samples, in packing order."""
-        histories = draw_histories(self.seed, passes_B, samples_B, self.query_history, self.target_history)
-        return [
-            side
-            for i, (sample, number) in enumerate(zip(samples_B.tolist(), passes_B.tolist(), strict=True))
-            for side in self._sides(sample, number, bool(histories["query"][i]), bool(histories["target"][i]))
-        ]
-
-    def _sides(self, sample: int, number: int, query_history: bool, target_history: bool) -> list[Side]:
-        data = self.index.samples[sample]
-        record = self.reader.record(int(data["row"]))
-        turn_k = np.arange(len(record.turns))
-        sample_k = np.full(len(turn_k), sample)
-        choices_k = np.array([len(turn.questions) for turn in record.turns])
-        chosen_k = draw_paraphrases(self.seed, number, sample_k, turn_k, choices_k)
-        # One permutation for both sides; the picture precedes whichever turn comes first.
-        order_k = np.argsort(draws.draw_u64(self.seed, number, sample_k, draws.TURN_ORDER, turn_k), kind="stable")
-        turns = [record.turns[j] for j in order_k]
-        ids_k3 = np.empty((len(turns), 3), np.int64)
-        ids_k3[:, 0] = data["image_id"]
-        ids_k3[:, 1] = pair_ids(sample, number, order_k)
-        ids_k3[:, 2] = self.index.turns["target_hash"][slice(*self.index.turn_bounds(sample))][order_k]
-        questions = tuple(turn.questions[chosen_k[j]] for turn, j in zip(turns, order_k, strict=True))
-        targets = tuple(turn.target for turn in turns)
-        return [
-            Side(QUERY, Dialogue(questions, record.query_images), query_history, ids_k3),
-            Side(TARGET, Dialogue(targets, record.target_images), target_history, ids_k3),
-        ]
+        drawn = zip(samples_B.tolist(), passes_B.tolist(), strict=True)
+        return [side for sample, number in drawn for side in self.stage.sides(sample, number)]

@@ -41,6 +41,7 @@ class StepDataset(Dataset[StepBatch | UserError]):
             rows_per_rank=plan.rows_per_rank,
             samples=plan.samples_B[np.concatenate(plan.packs[self.rank])],
             images=plan.images,
+            pairs=plan.pairs,
             cost={
                 "llm_tokens": plan.tokens,
                 "vit_patches": plan.patches,

@@ -31,6 +31,20 @@ class Dialogue:
     images: tuple[ImageRef, ...] = ()
 
 
+QUERY, TARGET, NEGATIVE = range(3)
+"""Kinds of dialogues, and of the rows pooled from them."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One dialogue on its way into a pack. `ids_k3`: image_id, pair_id, target_hash of each turn."""
+
+    kind: int
+    dialogue: Dialogue
+    history: bool
+    ids_k3: np.ndarray
+
+
 @dataclass(frozen=True)
 class RecordTurn:
     """A turn as a data set stores it: paraphrases of the question, one target, the kind of turn."""
@@ -137,6 +151,7 @@ class StepBatch:
     rows_per_rank: list[RowCounts]
     samples: np.ndarray  # index positions of this rank's examples, for messages
     images: int  # of the global batch
+    pairs: int  # of the global batch
     cost: dict[str, float] = field(default_factory=dict)  # plan statistics: pack_fill, imbalance, flops, ...
 
     def pin_memory(self) -> StepBatch:

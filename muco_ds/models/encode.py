@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from muco_ds.data.collator import QUERY, Packer, Side
+from muco_ds.data.collator import Packer
 from muco_ds.data.images import ImageError, read_size
-from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
+from muco_ds.data.schema import QUERY, Dialogue, ImageRef, PackedBatch, Side
 from muco_ds.distributed import env
 from muco_ds.distributed.gather import gather_rows
 from muco_ds.errors import UserError

@@ -29,6 +29,13 @@ class TaskLoss:
     loss: torch.Tensor
     stats: dict[str, torch.Tensor]
 
+    @classmethod
+    def of(cls, loss: torch.Tensor, terms: Sequence[InfoNCE], world_size: int) -> TaskLoss:
+        """With the statistics of all terms together: those of `InfoNCE`, `rows`, and the `loss` that sums to it."""
+        stats = {name: torch.stack([term.stats[name] for term in terms]).sum() for name in terms[0].stats}
+        rows = torch.full((), sum(term.count for term in terms), device=loss.device, dtype=torch.float32)
+        return cls(loss, {**stats, "rows": rows, "loss": loss.detach() / world_size})
+
 
 class MuCoTask(nn.Module):
     """Model and objective of the stage. Parameters live in `embedder`, under the stock model's names.
@@ -69,8 +76,7 @@ class MuCoTask(nn.Module):
             query_counts = [rows.queries for rows in rows_per_rank]
             backward = self._info_nce(target_ED, target_ids_E3, query_ED, query_ids_E3, query_counts)
             loss = (loss + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
-        stats = {**forward.stats, "loss": loss.detach() / world_size}
-        return TaskLoss(loss, stats)
+        return TaskLoss.of(loss, [forward], world_size)
 
     def _info_nce(
         self,

@@ -37,10 +37,10 @@ from muco_ds.config import (
     RunOptions,
     TaskOptions,
 )
-from muco_ds.data.collator import NEGATIVE, Collator, Side
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.plan import Plan, StepPlan
-from muco_ds.data.schema import Dialogue, StepBatch
+from muco_ds.data.schema import NEGATIVE, Dialogue, Side, StepBatch
+from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.distributed import env
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.models.backbones import load_backbone
@@ -133,11 +133,11 @@ def negatives_of(samples):  # type: ignore[no-untyped-def]
     return samples % 3
 
 
-class WithNegatives(Collator):
+class WithNegatives(MuCoStage):
     """Adds hard negatives to every sample but each third: texts, and pictures of other rows."""
 
-    def _sides(self, sample: int, number: int, query_history: bool, target_history: bool) -> list[Side]:
-        sides = super()._sides(sample, number, query_history, target_history)
+    def sides(self, sample: int, number: int) -> list[Side]:
+        sides = super().sides(sample, number)
         for k in range(negatives_of(sample)):
             other = (sample * 7 + k) % len(self.index)
             record = self.reader.record(int(self.index.samples["row"][other]))
@@ -168,7 +168,7 @@ class CountingPlan(Plan):
 
 
 def add_negatives(data: Data, packs: int) -> None:
-    data.plan.__class__, data.collator.__class__ = CountingPlan, WithNegatives
+    data.plan.__class__, data.collator.stage.__class__ = CountingPlan, WithNegatives
     data.plan.packs = packs  # type: ignore[attr-defined]
 
 

@@ -24,6 +24,7 @@ from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import StepBatch
+from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import load_backbone
@@ -100,8 +101,9 @@ def one_batch(
     draw: dict[str, Any] = {"query_history": history, "target_history": history, "seed": 3}
     flops = FlopsModel.from_config(AutoConfig.from_pretrained(folder / "model"), train_vision=True)
     mixture = Mixture([len(index)], [None], images=IMAGES, run=1, seed=3)
-    plan = Plan(index, packer.template, flops, mixture, pack_tokens=pack_tokens, world_size=world_size, **draw)
-    batch = StepDataset(plan, Collator(reader, index, packer, **draw), rank, max_steps=2)[1]
+    stage = MuCoStage(index, reader, packer.template, **draw)
+    plan = Plan(stage, flops, mixture, pack_tokens=pack_tokens, world_size=world_size)
+    batch = StepDataset(plan, Collator(stage, packer), rank, max_steps=2)[1]
     assert isinstance(batch, StepBatch)
     return batch
 

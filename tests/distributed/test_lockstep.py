@@ -28,7 +28,7 @@ def batch(step: int, rank: int) -> StepBatch:
     empty = torch.empty(0)
     counts = [RowCounts(ROWS[rank].queries - 1, ROWS[rank].targets - 1), RowCounts(1, 1)]
     packs = [PackedBatch(empty, empty, segments.build(), empty, empty, False, empty, empty, c) for c in counts]
-    return StepBatch(step, 0, packs, plan_digest=77, rows_per_rank=ROWS, samples=empty.numpy(), images=3)
+    return StepBatch(step, 0, packs, plan_digest=77, rows_per_rank=ROWS, samples=empty.numpy(), images=3, pairs=7)
 
 
 def diverging(what: str) -> str:

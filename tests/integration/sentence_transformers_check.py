@@ -32,8 +32,7 @@ def main() -> None:
     from transformers import AutoProcessor
 
     from muco_ds import Embedder
-    from muco_ds.data.collator import QUERY, Side
-    from muco_ds.data.schema import Dialogue
+    from muco_ds.data.schema import QUERY, Dialogue, Side
 
     path = sys.argv[1]
     rng = np.random.default_rng(0)

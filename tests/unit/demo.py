@@ -19,6 +19,7 @@ from muco_ds.data.index import Index, Indexer, open_index
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader
+from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.flops import FlopsModel
 from muco_ds.models.demo_model import write_model
 from muco_ds.models.folder import Processing, Settings
@@ -65,20 +66,15 @@ class Rows:
     def plan(
         self, world_size: int = 1, images: int = 8, pack_tokens: int = 8192, seed: int = 0, history: float = 0.5
     ) -> Plan:
-        return Plan(
-            self.index,
-            self.packer.template,
-            self.flops,
-            Mixture([len(self.index)], [None], images=images, run=1, seed=seed),
-            seed=seed,
-            pack_tokens=pack_tokens,
-            world_size=world_size,
-            query_history=history,
-            target_history=history,
-        )
+        mixture = Mixture([len(self.index)], [None], images=images, run=1, seed=seed)
+        return Plan(self.stage(seed, history), self.flops, mixture, pack_tokens=pack_tokens, world_size=world_size)
 
     def collator(self, seed: int = 0, history: float = 0.5) -> Collator:
-        return Collator(self.reader, self.index, self.packer, seed=seed, query_history=history, target_history=history)
+        return Collator(self.stage(seed, history), self.packer)
+
+    def stage(self, seed: int = 0, history: float = 0.5) -> MuCoStage:
+        draw = {"query_history": history, "target_history": history}
+        return MuCoStage(self.index, self.reader, self.packer.template, seed=seed, **draw)
 
 
 def build_demo_folder(root: Path) -> Demo:

@@ -12,8 +12,10 @@ from muco_ds.data.collator import Collator
 from muco_ds.data.index import Index, Indexer, open_index
 from muco_ds.data.joined import JoinedReader, join_indices
 from muco_ds.data.mixture import Mixture
-from muco_ds.data.plan import Plan, longest_tokens
+from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader
+from muco_ds.data.stages.base import longest_rows
+from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.errors import UserError
 
 from demo import Rows, row, write_rows
@@ -42,8 +44,9 @@ def test_lengths_and_rows_are_those_of_the_parts(
     reader, index = joined(parts, tmp_path / "index")
     first, second = parts[1]
     assert len(index) == len(first) + 2 and index.bad_rows == first.bad_rows + 1
-    alone = [longest_tokens(part, mixed.packer.template, 0, len(part), 0.5, 0.5) for part in (first, second)]
-    together = longest_tokens(index, mixed.packer.template, 0, len(index), 0.5, 0.5)
+    draw = {"seed": 0, "query_history": 0.5, "target_history": 0.5}
+    stages = [MuCoStage(part, reader, mixed.packer.template, **draw) for part in (first, second, index)]
+    *alone, together = [longest_rows(stage) for stage in stages]
     assert together.tolist() == np.concatenate(alone).tolist()
     for position, (part, sample) in enumerate([*((0, i) for i in range(len(first))), (1, 0), (1, 1)]):
         record = reader.record(int(index.samples["row"][position]))
@@ -68,9 +71,9 @@ def test_plan_and_collator_agree_on_a_mixture(
     reader, index = joined(parts, tmp_path / "index")
     sizes = [len(part) for part in parts[1]]
     mixture = Mixture(sizes, [1.0, 1.0], images=10, run=1, seed=0)
-    draw = {"query_history": 0.5, "target_history": 0.5}
-    plan = Plan(index, mixed.packer.template, mixed.flops, mixture, seed=0, pack_tokens=100_000, world_size=2, **draw)
-    collator = Collator(reader, index, mixed.packer, seed=0, **draw)
+    stage = MuCoStage(index, reader, mixed.packer.template, seed=0, query_history=0.5, target_history=0.5)
+    plan = Plan(stage, mixed.flops, mixture, pack_tokens=100_000, world_size=2)
+    collator = Collator(stage, mixed.packer)
     for step in range(3):
         planned = plan.step(step)
         assert planned.passes_B.max() > 0 or step == 0, "the small data set is passed several times in a batch"

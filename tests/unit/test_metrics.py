@@ -98,7 +98,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 def batch(tokens: int, flops: float, queries: list[int]) -> StepBatch:
     rows = [RowCounts(count, count) for count in queries]
-    return StepBatch(0, 0, [], 0, rows, np.zeros(0), images=2, cost={"llm_tokens": tokens, "flops": flops})
+    return StepBatch(
+        0, 0, [], 0, rows, np.zeros(0), images=2, pairs=sum(queries), cost={"llm_tokens": tokens, "flops": flops}
+    )
 
 
 def test_rates_of_a_window(clock: Clock) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from muco_ds.data.assign import largest_first
 from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index, Part
-from muco_ds.data.plan import Plan, longest_tokens
+from muco_ds.data.plan import Plan
 from muco_ds.data.schema import RowCounts
 from muco_ds.errors import UserError
 
@@ -95,15 +95,15 @@ def test_no_epoch_draws_a_row_that_outgrows_a_pack(big: Rows) -> None:
     """Paraphrases and layouts are drawn anew each epoch: the check at the start covers all of them."""
     samples = np.arange(1000)
     for history in (0.0, 0.5, 1.0):
-        longest = longest_tokens(big.index, big.packer.template, 0, 1000, history, history)
+        longest = big.stage(history=history).longest(0, 1000)
         plan = big.plan(images=8, pack_tokens=int(longest.max()), history=history)
         drawn = np.stack([plan.costs(samples, np.full(1000, number)).tokens_B for number in range(60)])
         assert (drawn <= longest).all()
         assert (drawn.max(0) == longest).mean() > 0.2  # a bound that is reached, not just any
         with pytest.raises(UserError, match="needs"):
             big.plan(images=8, pack_tokens=int(longest.max()) - 1, history=history)
-    parts = [longest_tokens(big.index, big.packer.template, a, b, 0.5, 0.5) for a, b in ((0, 1), (1, 334), (334, 1000))]
-    assert (np.concatenate(parts) == longest_tokens(big.index, big.packer.template, 0, 1000, 0.5, 0.5)).all()
+    parts = [big.stage().longest(*part) for part in ((0, 1), (1, 334), (334, 1000))]
+    assert (np.concatenate(parts) == big.stage().longest(0, 1000)).all()
 
 
 @pytest.mark.parametrize("history", [0.0, 0.5, 1.0])
@@ -162,7 +162,7 @@ def test_mistakes_come_with_numbers_and_a_cure(scenes: Rows, mixed: Rows) -> Non
         scenes.plan(images=65)
     with pytest.raises(UserError, match=r"batch\.images=4 is less than 5 ranks: raise it"):
         scenes.plan(world_size=5, images=4)
-    longest = longest_tokens(mixed.index, mixed.packer.template, 0, len(mixed.index), 0.5, 0.5)
+    longest = mixed.stage().longest(0, len(mixed.index))
     row, need = mixed.index.samples["row"][longest.argmax()], longest.max()
     message = rf"data\.train row {row} needs up to {need} tokens but batch\.pack_tokens=100: raise batch\.pack_tokens"
     with pytest.raises(UserError, match=message):

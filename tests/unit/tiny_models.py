@@ -21,9 +21,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from muco_ds.data.collator import QUERY, Packer, Side
+from muco_ds.data.collator import Packer
 from muco_ds.data.demo_scenes import row_texts, write_data
-from muco_ds.data.schema import Dialogue, PackedBatch
+from muco_ds.data.schema import QUERY, Dialogue, PackedBatch, Side
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.demo_model import model_config, write_model
 from muco_ds.models.embedder import Embedder
