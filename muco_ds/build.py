@@ -92,7 +92,16 @@ def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatT
         seed=config.run.seed,
         query_history=config.task.query_history,
         target_history=config.task.target_history,
+        negatives=config.task.negatives,
     )
+
+
+def build_reader(config: RunConfig, source: Source, key: str) -> M3TReader:
+    """The rows of a data set as the stage needs them; held-out rows are questions and answers alone."""
+    assert source.images is not None
+    if key == "data.val":
+        return M3TReader(source.path, source.images, key)
+    return M3TReader(source.path, source.images, key, negatives=config.task.negatives > 0)
 
 
 def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:
@@ -109,9 +118,8 @@ def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:
 
 def open_rows(config: RunConfig, packer: Packer, source: Source, key: str) -> tuple[M3TReader, Index]:
     """Reader and length index of a data set; rank 0 builds the index if it is not there. Collective."""
-    assert source.images is not None
     with env.agreement():
-        reader = M3TReader(source.path, source.images, key)
+        reader = build_reader(config, source, key)
     indexer = Indexer(reader, packer.template, packer.images)
 
     def opened() -> Index:

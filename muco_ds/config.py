@@ -79,11 +79,13 @@ class TaskOptions:
         name: Which objective; "muco" is the multi-turn pre-training stage.
         query_history: Probability in [0, 1] that the turns of a query dialogue see the earlier ones (paper: 1).
         target_history: Probability in [0, 1] that the turns of a target dialogue see the earlier ones (paper: 1).
+        negatives: Most hard negatives of a row (neg_text, neg_image_path) to use in a step, drawn anew in each pass.
     """
 
     name: Literal["muco"] = "muco"
     query_history: float = 1.0
     target_history: float = 1.0
+    negatives: int = 0
 
 
 @dataclass
@@ -277,6 +279,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "run.epochs": (0, False, math.inf),
     "task.query_history": (0, True, 1),
     "task.target_history": (0, True, 1),
+    "task.negatives": (0, True, math.inf),
     "data.workers": (0, True, math.inf),
     "data.min_pixels": (1, True, math.inf),
     "data.max_pixels": (1, True, math.inf),

@@ -103,7 +103,7 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], data: dict[str, Any
 def describe_data(index: Index) -> dict[str, Any]:
     """Number and digest of the training rows: the plan gives the same examples only over the same rows."""
     digest = hashlib.blake2b(digest_size=16)
-    for values in (index.samples["row"], index.turns["target_hash"]):
+    for values in (index.samples["row"], index.turns["target_hash"], index.negatives["target_hash"]):
         for start in range(0, len(values), 2**20):
             digest.update(np.ascontiguousarray(values[start : start + 2**20]).tobytes())
     return {"rows": len(index), "digest": digest.hexdigest()}

@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is forked; 
 
 import numpy as np
 
-from muco_ds.build import build_stage
+from muco_ds.build import build_reader, build_stage
 from muco_ds.config import RunConfig, Source, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Packer
@@ -50,8 +50,7 @@ def split_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def indexed(
     config: RunConfig, packer: Packer, source: Source, key: str, own: argparse.Namespace
 ) -> tuple[M3TReader, Index]:
-    assert source.images is not None
-    reader = M3TReader(source.path, source.images, key)
+    reader = build_reader(config, source, key)
     indexer = Indexer(reader, packer.template, packer.images)
     if own.rebuild:
         shutil.rmtree(index_path(indexer, config.data.index_dir), ignore_errors=True)

@@ -1,6 +1,7 @@
 """The length index: what the plan must know of every row, built once, memory-mapped afterwards.
 
-For each usable row: sizes of its pictures (from headers), token counts of its texts, ids of its pictures and targets.
+For each usable row: sizes of its pictures (from headers), token counts of its texts, ids of its pictures and targets,
+and the same of its hard negatives where the reader reads them.
 Rows that can't be used are listed with their reason in `bad_rows.jsonl` and never enter a plan. The folder is named by
 a fingerprint of everything it depends on, so changed inputs mean another folder, and it appears whole or not at all.
 """
@@ -13,10 +14,10 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 
-VERSION = 3
+VERSION = 4
 CHUNK_ROWS = 256
 _VISIBLE_WITHIN_S = 60.0  # network file systems may show a new folder late
 
@@ -37,6 +38,7 @@ SAMPLE = np.dtype(
     [
         ("row", "i8"),
         ("turn_end", "i8"),  # end of this sample's slice of `turns`
+        ("negative_end", "i8"),  # end of this sample's slice of `negatives`
         ("image_id", "i8"),
         ("query_images", "i4"),
         ("query_image_tokens", "i4"),
@@ -48,6 +50,18 @@ SAMPLE = np.dtype(
 )
 TURN = np.dtype([("target_tokens", "i4"), ("target_hash", "i8"), ("question_end", "i8")])
 QUESTION = np.dtype("i4")  # tokens of each paraphrase
+NEGATIVE = np.dtype(
+    [
+        ("tokens", "i4"),
+        ("target_hash", "i8"),
+        ("images", "i4"),
+        ("image_tokens", "i4"),
+        ("patches", "i8"),
+        ("patches_squared", "i8"),
+    ]
+)
+TABLES = {"samples": SAMPLE, "turns": TURN, "questions": QUESTION, "negatives": NEGATIVE}
+_ENDS = {"samples": {"turn_end": "turns", "negative_end": "negatives"}, "turns": {"question_end": "questions"}}
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Index:
     question_tokens: np.ndarray
     bad_rows: int
     parts: tuple[Part, ...]
+    negatives: np.ndarray = field(default_factory=lambda: np.empty(0, NEGATIVE))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,6 +98,16 @@ class Index:
         start = int(self.samples["turn_end"][sample - 1]) if sample else 0
         return start, int(self.samples["turn_end"][sample])
 
+    def negative_bounds(self, sample: int) -> tuple[int, int]:
+        """Slice of `negatives` that belongs to a sample."""
+        start = int(self.samples["negative_end"][sample - 1]) if sample else 0
+        return start, int(self.samples["negative_end"][sample])
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """All arrays, by the names of TABLES."""
+        arrays = (self.samples, self.turns, self.question_tokens, self.negatives)
+        return dict(zip(TABLES, arrays, strict=True))
+
     def question_bounds(self, turn: int) -> tuple[int, int]:
         """Slice of `question_tokens` that belongs to a turn."""
         start = int(self.turns["question_end"][turn - 1]) if turn else 0
@@ -91,12 +116,37 @@ class Index:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a range of rows: arrays as in Index, and the rows that can't be used."""
+    """What is known of a range of rows: arrays as in Index, by the names of TABLES, and the rows that can't be used."""
 
-    samples: np.ndarray
-    turns: np.ndarray
-    questions: np.ndarray
+    tables: dict[str, np.ndarray]
     bad: list[dict]
+
+
+class TableWriter:
+    """Appends parts of tables to the files of an index; what are ends within a part become ends within the whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: open(folder / f"{name}.bin", "wb") for name in TABLES}  # noqa: SIM115 - closed on exit
+        self._rows = dict.fromkeys(TABLES, 0)
+        self._before = dict(self._rows)
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def begin_part(self) -> None:
+        """Ends in what is appended next count from here."""
+        self._before = dict(self._rows)
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Append rows of a table; changes the ends in `values`."""
+        for column, table in _ENDS.get(name, {}).items():
+            values[column] += self._before[table]
+        values.tofile(self._files[name])
+        self._rows[name] += len(values)
 
 
 class Indexer:
@@ -110,46 +160,50 @@ class Indexer:
         stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in self.reader.files]
         tokenizer = hashlib.sha256(self.template.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         limits = [self.images.limits, self.images.patch_size, self.images.merge_size]
-        facts = repr([VERSION, stats, self.reader.images, tokenizer, self.template.opening, self.template.tail, limits])
+        read = [type(self.reader).__name__, self.reader.images, self.reader.negatives]
+        facts = repr([VERSION, stats, *read, tokenizer, self.template.opening, self.template.tail, limits])
         return hashlib.sha256(facts.encode()).hexdigest()[:20]
 
     def measure(self, rows: range) -> Measured:
         """Measure some rows; ends count from the first of them."""
-        samples: list[tuple] = []
-        turns: list[tuple] = []
-        questions: list[int] = []
+        rows_of: dict[str, list] = {name: [] for name in TABLES}
         bad: list[dict] = []
         for row in rows:
             try:
-                record = self.reader.record(row)
-                images = self._images(record)
+                self._add(row, self.reader.record(row), rows_of)
             except (RowError, ImageError) as error:
                 bad.append({"row": row, "reason": str(error)})
-                continue
-            texts = [text for turn in record.turns for text in (*turn.questions, turn.target)]
-            tokens = iter([len(ids) for ids in self.template.encode_texts(texts)])
-            for turn in record.turns:
-                questions += [next(tokens) for _ in turn.questions]
-                hashed = target_hash(turn.target, record.target_images)
-                turns.append((next(tokens), hashed, len(questions)))
-            samples.append((row, len(turns), image_id(record), *images))
-        return Measured(np.array(samples, SAMPLE), np.array(turns, TURN), np.array(questions, QUESTION), bad)
+        return Measured({name: np.array(rows_of[name], dtype) for name, dtype in TABLES.items()}, bad)
 
-    def _images(self, record: Record) -> tuple[int, ...]:
-        """Number and tokens of the pictures of each side, patches and squared patches of both."""
-        sides: list[int] = []
-        patches: list[int] = []
-        for paths in (record.query_images, record.target_images):
-            tokens = 0
-            for path in paths:
-                try:
-                    grid = self.images.grid(*read_size(path))
-                except ImageError as error:
-                    raise ImageError(f"picture {path}: {error}") from error
-                patches.append(grid[0] * grid[1] * grid[2])
-                tokens += self.images.tokens(grid)
-            sides += [len(paths), tokens]
-        return (*sides, sum(patches), sum(p * p for p in patches))
+    def _add(self, row: int, record: Record, rows_of: dict[str, list]) -> None:
+        """Add a record's rows to all tables, or to none where a picture can't be used."""
+        query, target = (self._pictures(paths) for paths in (record.query_images, record.target_images))
+        pictures = [self._pictures(negative.images, "negative ") for negative in record.negatives]
+        texts = [text for turn in record.turns for text in (*turn.questions, turn.target)]
+        texts += [negative.text for negative in record.negatives]
+        tokens = iter([len(ids) for ids in self.template.encode_texts(texts)])
+        for turn in record.turns:
+            rows_of["questions"] += [next(tokens) for _ in turn.questions]
+            hashed = target_hash(turn.target, record.target_images)
+            rows_of["turns"].append((next(tokens), hashed, len(rows_of["questions"])))
+        for negative, picture in zip(record.negatives, pictures, strict=True):
+            rows_of["negatives"].append((next(tokens), target_hash(negative.text, negative.images), *picture))
+        ends = len(rows_of["turns"]), len(rows_of["negatives"])
+        patches = (query[2] + target[2], query[3] + target[3])
+        rows_of["samples"].append((row, *ends, image_id(record), *query[:2], *target[:2], *patches))
+
+    def _pictures(self, paths: Sequence[str], whose: str = "") -> tuple[int, int, int, int]:
+        """Number, tokens, patches and sum of squared patches of some pictures."""
+        tokens = patches = squared = 0
+        for path in paths:
+            try:
+                grid = self.images.grid(*read_size(path))
+            except ImageError as error:
+                raise ImageError(f"{whose}picture {path}: {error}") from error
+            size = grid[0] * grid[1] * grid[2]
+            patches, squared = patches + size, squared + size * size
+            tokens += self.images.tokens(grid)
+        return len(paths), tokens, patches, squared
 
 
 def stable_hash(text: str) -> int:
@@ -215,24 +269,18 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
     work.mkdir()
     total = len(indexer.reader)
     chunks = [range(start, min(start + CHUNK_ROWS, total)) for start in range(0, total, CHUNK_ROWS)]
-    turn_end = question_end = usable = bad_rows = 0
+    usable = bad_rows = 0
     with (
-        open(work / "samples.bin", "wb") as sample_file,
-        open(work / "turns.bin", "wb") as turn_file,
-        open(work / "questions.bin", "wb") as question_file,
+        TableWriter(work) as writer,
         open(work / "bad_rows.jsonl", "w") as bad_file,
         tqdm(total=total, desc="indexing", unit="row", disable=not progress) as bar,
     ):
         for chunk, part in zip(chunks, _measure_all(indexer, chunks, processes), strict=True):
-            part.samples["turn_end"] += turn_end
-            part.turns["question_end"] += question_end
-            turn_end += len(part.turns)
-            question_end += len(part.questions)
-            part.samples.tofile(sample_file)
-            part.turns.tofile(turn_file)
-            part.questions.tofile(question_file)
+            writer.begin_part()
+            for name, values in part.tables.items():
+                writer.append(name, values)
             bad_file.writelines(json.dumps(entry) + "\n" for entry in part.bad)
-            usable, bad_rows = usable + len(part.samples), bad_rows + len(part.bad)
+            usable, bad_rows = usable + len(part.tables["samples"]), bad_rows + len(part.bad)
             bar.update(len(chunk))
     publish_index(work, path, files=indexer.reader.files, rows=total, usable=usable, bad_rows=bad_rows)
 
@@ -263,12 +311,12 @@ def seen_index(path: Path) -> Path:
 def load_index(path: Path) -> Index:
     """The published index in a folder; its parts are for the caller to name."""
     meta = json.loads((path / "meta.json").read_text())
-    arrays = {"samples": SAMPLE, "turns": TURN, "questions": QUESTION}
-    samples, turns, questions = (
-        np.memmap(path / f"{name}.bin", dtype, "r") if meta["usable"] else np.empty(0, dtype)
-        for name, dtype in arrays.items()
+    files = {name: path / f"{name}.bin" for name in TABLES}
+    samples, turns, questions, negatives = (
+        np.memmap(files[name], dtype, "r") if files[name].stat().st_size else np.empty(0, dtype)
+        for name, dtype in TABLES.items()
     )
-    return Index(path, samples, turns, questions, meta["bad_rows"], parts=())
+    return Index(path, samples, turns, questions, meta["bad_rows"], (), negatives)
 
 
 def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:

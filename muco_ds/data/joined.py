@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from muco_ds.data import draws
-from muco_ds.data.index import Index, Part, load_index, publish_index, seen_index, writing_index
+from muco_ds.data.index import Index, Part, TableWriter, load_index, publish_index, seen_index, writing_index
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import Record
 
@@ -63,29 +63,20 @@ def _write(parts: Sequence[Index], readers: Sequence[M3TReader], path: Path) -> 
     work = path.with_name(f"{path.name}.tmp{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    first_row = first_turn = first_question = 0
-    with (
-        open(work / "samples.bin", "wb") as sample_file,
-        open(work / "turns.bin", "wb") as turn_file,
-        open(work / "questions.bin", "wb") as question_file,
-    ):
+    first_row = 0
+    with TableWriter(work) as writer:
         for which, (part, reader) in enumerate(zip(parts, readers, strict=True)):
-            for samples in _chunks(part.samples):
-                samples["row"] += first_row
-                samples["turn_end"] += first_turn
-                # A row without a picture is known by its number, which rows of other data sets have too.
-                alone = samples["query_images"] == 0
-                renamed = draws.draw_u64(0, which, samples["image_id"][alone], draws.MIXTURE)
-                samples["image_id"][alone] = (renamed >> np.uint64(1)).astype(np.int64)
-                samples.tofile(sample_file)
-            for turns in _chunks(part.turns):
-                turns["question_end"] += first_question
-                turns.tofile(turn_file)
-            for questions in _chunks(part.question_tokens):
-                questions.tofile(question_file)
+            writer.begin_part()
+            for name, table in part.tables().items():
+                for values in _chunks(table):
+                    if name == "samples":
+                        values["row"] += first_row
+                        # A row without a picture is known by its number, which rows of other data sets have too.
+                        alone = values["query_images"] == 0
+                        renamed = draws.draw_u64(0, which, values["image_id"][alone], draws.MIXTURE)
+                        values["image_id"][alone] = (renamed >> np.uint64(1)).astype(np.int64)
+                    writer.append(name, values)
             first_row += len(reader)
-            first_turn += len(part.turns)
-            first_question += len(part.question_tokens)
     publish_index(
         work,
         path,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 from datasets import Dataset, disable_progress_bars, load_dataset
 
-from muco_ds.data.schema import TURNS_PER_SAMPLE, Record, RecordTurn
+from muco_ds.data.schema import TURNS_PER_SAMPLE, Negative, Record, RecordTurn
 from muco_ds.errors import UserError
 
 _IMAGE_MARKER = re.compile(r"<\|image_\d+\|>\n?")
@@ -51,11 +53,12 @@ class M3TReader:
     """Rows in naver-ai/M3T's columns (qry = list of paraphrase lists, pos_text = list of targets).
 
     Accepts ragged numbers of turns, a plain string in place of a list of paraphrases, and a picture on either side.
-    `key` is what set the pattern, for messages.
+    `key` is what set the pattern, for messages. `negatives`: read hard negatives too, from neg_text and neg_image_path
+    (any number, for the whole row).
     """
 
-    def __init__(self, pattern: str, images: str, key: str = "data.train") -> None:
-        self.key = key
+    def __init__(self, pattern: str, images: str, key: str = "data.train", *, negatives: bool = False) -> None:
+        self.key, self.negatives = key, negatives
         self.files = data_files(pattern, key)
         self.images = os.path.realpath(images)
         if not os.path.isdir(self.images):
@@ -85,7 +88,7 @@ class M3TReader:
             self._turn(j, question, target, bool(query_images), bool(target_images))
             for j, (question, target) in enumerate(zip(questions, targets, strict=True))
         )
-        return Record(row, turns, query_images, target_images)
+        return Record(row, turns, query_images, target_images, self._negatives(data) if self.negatives else ())
 
     def _turn(self, j: int, question: Any, target: Any, has_query_image: bool, has_target_image: bool) -> RecordTurn:
         paraphrases = [question] if isinstance(question, str) else list(question or [])
@@ -99,6 +102,17 @@ class M3TReader:
             raise RowError(f"turn {j} has an empty target")
         return RecordTurn(cleaned, text, kind=j)
 
+    def _negatives(self, data: dict[str, Any]) -> tuple[Negative, ...]:
+        """Texts and pictures by their places; '' = none, and the last picture serves where there are fewer of them."""
+        texts, paths = (_listed(data.get(name), name) for name in ("neg_text", "neg_image_path"))
+        negatives = []
+        for i in range(max(len(texts), len(paths))):
+            text = _clean(texts[i]) if i < len(texts) else ""
+            images = self._paths(paths[min(i, len(paths) - 1)]) if paths else ()
+            if text or images:
+                negatives.append(Negative(text, images))
+        return tuple(negatives)
+
     def _paths(self, value: Any) -> tuple[str, ...]:
         names = [value] if isinstance(value, str) else list(value or [])
         # Links are the user's own and may lead anywhere; '../' and '/' in a row must not.
@@ -111,6 +125,29 @@ class M3TReader:
 
 def _clean(text: str) -> str:
     return _IMAGE_MARKER.sub("", text).strip()
+
+
+def _listed(value: Any, column: str) -> list[str]:
+    """The texts of a column that holds one, a list of them, or such a list written as a Python literal."""
+    if isinstance(value, str):
+        literal = value.strip()
+        if not (literal.startswith("[") and literal.endswith("]")):
+            return [value]
+        try:
+            value = ast.literal_eval(literal)
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise RowError(
+                f"{column} is a list literal that does not parse: {textwrap.shorten(literal, 60)}"
+            ) from error
+    texts: list[str] = []
+    for item in value or []:
+        if isinstance(item, list | tuple):  # a list for each turn
+            texts += _listed(item, column)
+        elif isinstance(item, str) or item is None:
+            texts.append(item or "")
+        else:
+            raise RowError(f"{column} holds {item!r}: it may hold texts only")
+    return texts
 
 
 def _checked_rows(path: str) -> int:

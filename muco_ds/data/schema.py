@@ -55,6 +55,14 @@ class RecordTurn:
 
 
 @dataclass(frozen=True)
+class Negative:
+    """A wrong target: a text, pictures or both."""
+
+    text: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Record:
     """One row of a data set before anything is drawn. Image paths are absolute."""
 
@@ -62,6 +70,7 @@ class Record:
     turns: tuple[RecordTurn, ...]
     query_images: tuple[str, ...] = ()
     target_images: tuple[str, ...] = ()
+    negatives: tuple[Negative, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ gathered, under ZeRO 2 passed round in a ring.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -39,8 +37,7 @@ from muco_ds.config import (
 )
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.plan import Plan, StepPlan
-from muco_ds.data.schema import NEGATIVE, Dialogue, Side, StepBatch
-from muco_ds.data.stages.muco import MuCoStage
+from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.models.backbones import load_backbone
@@ -100,7 +97,12 @@ def write_rows(folder: Path) -> None:
             row[column] = row[column][:turns]
         if i % 3 == 0:
             row["qry_image_path"] = ""
+        # The first is another row's target, which is masked where that row is in the batch; others have pictures too.
+        others = [rows[(7 * i + k) % len(rows)] for k in range(i % 4)]
+        row["neg_text"] = [other["pos_text"][0] for other in others]
+        row["neg_image_path"] = [other["qry_image_path"] if k else "" for k, other in enumerate(others)]
     schema = pq.read_schema(folder / "data" / "train.parquet")
+    schema = schema.append(pa.field("neg_image_path", pa.list_(pa.string())))
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "data" / "train.parquet")
 
 
@@ -119,7 +121,7 @@ def run_config(folder: Path, setting: Setting) -> RunConfig:
             str(folder / "model"), freeze_vision=setting.frozen, activation_checkpointing=setting.checkpointing
         ),
         data=DataOptions(str(data / "train.parquet"), str(data / "images"), min_pixels=3136, max_pixels=7056),
-        task=TaskOptions(query_history=0.5, target_history=0.5),
+        task=TaskOptions(query_history=0.5, target_history=0.5, negatives=2),
         batch=BatchOptions(images=IMAGES, pack_tokens=10**6),
         # AdamW divides by the gradient's own size: with a tiny eps rounding decides where the gradient is zero.
         optim=OptimOptions(lr=2e-4, warmup_steps=1, eps=1e-4, weight_decay=0.01),
@@ -128,28 +130,8 @@ def run_config(folder: Path, setting: Setting) -> RunConfig:
     )
 
 
-def negatives_of(samples):  # type: ignore[no-untyped-def]
-    """How many hard negatives a sample has; a number or an array."""
-    return samples % 3
-
-
-class WithNegatives(MuCoStage):
-    """Adds hard negatives to every sample but each third: texts, and pictures of other rows."""
-
-    def sides(self, sample: int, number: int) -> list[Side]:
-        sides = super().sides(sample, number)
-        for k in range(negatives_of(sample)):
-            other = (sample * 7 + k) % len(self.index)
-            record = self.reader.record(int(self.index.samples["row"][other]))
-            hashed = self.index.turns["target_hash"][self.index.turn_bounds(other)[0]]  # that of some row's target
-            ids_13 = np.array([[self.index.samples["image_id"][other], -1, hashed]])
-            text = f"not this: {record.turns[0].target}"
-            sides.append(Side(NEGATIVE, Dialogue((text,), record.query_images if k else ()), False, ids_13))
-        return sides
-
-
-class CountingPlan(Plan):
-    """Tells every rank of the negatives that WithNegatives adds, and chooses a budget that gives `packs` packs."""
+class PackedPlan(Plan):
+    """Chooses a budget that gives `packs` packs."""
 
     packs: int
 
@@ -160,22 +142,18 @@ class CountingPlan(Plan):
             self.pack_tokens = min(self.pack_tokens, planned.tokens) - 16
             planned = super().step(step)
         assert len(planned.packs[0]) == self.packs
-        counts = [
-            dataclasses.replace(counts, negatives=int(negatives_of(planned.samples_B[np.concatenate(packs)]).sum()))
-            for counts, packs in zip(planned.rows_per_rank, planned.packs, strict=True)
-        ]
-        return dataclasses.replace(planned, rows_per_rank=counts)
+        return planned
 
 
-def add_negatives(data: Data, packs: int) -> None:
-    data.plan.__class__, data.collator.stage.__class__ = CountingPlan, WithNegatives
+def into_packs(data: Data, packs: int) -> None:
+    data.plan.__class__ = PackedPlan
     data.plan.packs = packs  # type: ignore[attr-defined]
 
 
 def trained(folder: Path, setting: Setting) -> Outcome:
     """What the Trainer does in this setting, on as many ranks as the process group has."""
     trainer = Trainer(run_config(folder, setting), env.start())
-    add_negatives(trainer.data, setting.packs)
+    into_packs(trainer.data, setting.packs)
     outcome = Outcome([], [], {}, setting.packs)
     take_step = trainer.guard.step
 
@@ -214,7 +192,7 @@ def reference(folder: Path, frozen: bool) -> Outcome:
     """The same three steps as anyone would write them: one process, one pack, torch's own clipping and AdamW."""
     config = run_config(folder, Setting(1, 0, False, frozen))
     data = build_data(config)
-    add_negatives(data, 1)
+    into_packs(data, 1)
     backbone = load_backbone(
         config.model.path, dtype=torch.float32, attention="sdpa", vocabulary=len(data.processing.tokenizer)
     )

@@ -20,10 +20,9 @@ from muco_ds.errors import UserError
 from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows
 
 
-def content(index: Index) -> tuple[bytes, bytes, bytes, str]:
-    arrays = (index.samples, index.turns, index.question_tokens)
-    samples, turns, questions = (np.asarray(array).tobytes() for array in arrays)
-    return samples, turns, questions, (index.folder / "bad_rows.jsonl").read_text()
+def content(index: Index) -> tuple[bytes, str]:
+    tables = b"".join(np.asarray(array).tobytes() for array in index.tables().values())
+    return tables, (index.folder / "bad_rows.jsonl").read_text()
 
 
 def bad_rows(index: Index) -> dict[int, str]:

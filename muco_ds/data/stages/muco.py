@@ -12,6 +12,7 @@ from muco_ds.data.index import Index
 from muco_ds.data.readers import Reader
 from muco_ds.data.schema import QUERY, TARGET, Dialogue, Side, pair_ids
 from muco_ds.data.stages.base import Dialogues, Layout, lengths, measure, ragged, vision_tokens
+from muco_ds.data.stages.negatives import HardNegatives
 from muco_ds.data.templates import ChatTemplate
 
 
@@ -20,6 +21,7 @@ class MuCoStage:
 
     Args:
         query_history, target_history: probability that the turns of that side see the earlier ones.
+        negatives: at most so many hard negatives of an example come along.
     """
 
     forms = 1
@@ -33,9 +35,11 @@ class MuCoStage:
         seed: int,
         query_history: float,
         target_history: float,
+        negatives: int = 0,
     ) -> None:
         self.index, self.reader, self.template, self.seed = index, reader, template, seed
         self.query_history, self.target_history = query_history, target_history
+        self.negatives = HardNegatives(index, template, seed, negatives)
 
     def layout(self, samples_B: np.ndarray, passes_B: np.ndarray) -> Layout:
         """The dialogues of samples with their pass's draw of paraphrases and histories."""
@@ -52,10 +56,11 @@ class MuCoStage:
         vision = {QUERY: vision_tokens(data, "query"), TARGET: vision_tokens(data, "target")}
         owner_B, history = np.arange(len(samples_B)), self._histories(samples_B, passes_B)
         dialogues = [Dialogues(kind, owner_B, history[kind], vision[kind], owner_N, texts[kind]) for kind in texts]
-        return Layout(dialogues, data["patches"], data["patches_squared"])
+        layout = Layout(dialogues, data["patches"], data["patches_squared"])
+        return self.negatives.add_to(layout, samples_B, passes_B)
 
     def sides(self, sample: int, number: int) -> list[Side]:
-        """Query and target dialogue of a sample in its pass `number`."""
+        """Query and target dialogue of a sample in its pass `number`, and its negatives."""
         data = self.index.samples[sample]
         record = self.reader.record(int(data["row"]))
         turn_k = np.arange(len(record.turns))
@@ -75,6 +80,7 @@ class MuCoStage:
         return [
             Side(QUERY, Dialogue(questions, record.query_images), bool(history[QUERY][0]), ids_k3),
             Side(TARGET, Dialogue(targets, record.target_images), bool(history[TARGET][0]), ids_k3),
+            *self.negatives.sides(record, sample, number),
         ]
 
     def longest(self, start: int, stop: int) -> np.ndarray:
@@ -90,7 +96,7 @@ class MuCoStage:
             (QUERY, np.maximum.reduceat(questions, starts_N), vision_tokens(data, "query"), self.query_history),
             (TARGET, turns_N["target_tokens"], vision_tokens(data, "target"), self.target_history),
         ]
-        tokens_B = np.zeros(len(data), np.int64)
+        tokens_B = self.negatives.longest(start, stop)
         for kind, text_N, vision_B, probability in sides:
             layouts = [causal for causal, drawn in ((True, probability > 0), (False, probability < 1)) if drawn]
             owner_B = np.arange(len(data))
