@@ -18,9 +18,10 @@ from muco_ds.data.joined import JoinedReader, join_indices
 from muco_ds.data.loader import StepDataset
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
-from muco_ds.data.readers import M3TReader, Reader
+from muco_ds.data.readers import M3TReader, PairReader, Reader
 from muco_ds.data.schema import Record
 from muco_ds.data.stages.base import Stage
+from muco_ds.data.stages.finetune import FineTuneStage
 from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.distributed import env
@@ -32,6 +33,7 @@ from muco_ds.models.backbones import load_backbone, load_config
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
 from muco_ds.optim import build_optimizer
+from muco_ds.tasks.finetune import FineTuneTask
 from muco_ds.tasks.muco import MuCoTask
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
     """
     with env.agreement():
         backbone = load_config(config.model.path)
-        processing = Processing.load(config.model.path, Settings.of_run(config.model.pool_token, config.data))
+        processing = load_processing(config)
         packer = processing.packer()
     reader, index = open_sources(config, packer)
     stage = build_stage(config, index, reader, packer.template)
@@ -83,17 +85,43 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
     return Data(processing, packer, plan, Collator(stage, packer))
 
 
+def load_processing(config: RunConfig) -> Processing:
+    """Tokenizer and image processor with what the run needs of them. Raises UserError."""
+    settings = Settings.of_run(config.model.pool_token, config.data)
+    return Processing.load(config.model.path, settings, masks=config.task.reconstruct)
+
+
 def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatTemplate) -> Stage:
     """The data half of the stage that `task.name` names, over these rows."""
+    task, seed = config.task, config.run.seed
+    if task.name == "finetune":
+        return FineTuneStage(
+            index,
+            reader,
+            template,
+            seed=seed,
+            reconstruct=task.reconstruct,
+            after_query=config.prompts.after_query,
+            after_target=config.prompts.after_target,
+            negatives=task.negatives,
+        )
     return MuCoStage(
         index,
         reader,
         template,
-        seed=config.run.seed,
-        query_history=config.task.query_history,
-        target_history=config.task.target_history,
-        negatives=config.task.negatives,
+        seed=seed,
+        query_history=task.query_history,
+        target_history=task.target_history,
+        negatives=task.negatives,
     )
+
+
+def build_task(config: RunConfig, embedder: Embedder) -> MuCoTask:
+    """The loss half of the stage that `task.name` names."""
+    if config.task.name == "finetune":
+        forms = 2 if config.task.reconstruct else 1
+        return FineTuneTask(embedder, config.loss, forms=forms, compound=config.task.compound)
+    return MuCoTask(embedder, config.loss)
 
 
 def build_reader(config: RunConfig, source: Source, key: str) -> M3TReader:
@@ -101,7 +129,8 @@ def build_reader(config: RunConfig, source: Source, key: str) -> M3TReader:
     assert source.images is not None
     if key == "data.val":
         return M3TReader(source.path, source.images, key)
-    return M3TReader(source.path, source.images, key, negatives=config.task.negatives > 0)
+    kind = PairReader if config.task.name == "finetune" else M3TReader
+    return kind(source.path, source.images, key, negatives=config.task.negatives > 0)
 
 
 def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:
@@ -190,7 +219,7 @@ def build_engine(
     if config.model.activation_checkpointing:
         # The name before transformers 5.23, which Python 3.10 is left with, is gradient_checkpointing_enable.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    task = MuCoTask(Embedder(model, freeze_vision=config.model.freeze_vision), config.loss)
+    task = build_task(config, Embedder(model, freeze_vision=config.model.freeze_vision))
     if stage < 3:
         task.to(device)
     for module in task.modules():  # zero.Init places parameters; rotary tables are buffers

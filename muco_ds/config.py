@@ -18,6 +18,7 @@ from typing import Literal
 
 import yaml
 
+from muco_ds.config_task import PromptOptions, TaskOptions, check_task
 from muco_ds.errors import UserError
 
 DEFAULT_DEEPSPEED = "ds_configs/zero3.json"
@@ -69,23 +70,6 @@ class ModelOptions:
     freeze_vision: bool = True
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
     activation_checkpointing: bool = True
-
-
-@dataclass
-class TaskOptions:
-    """The training objective.
-
-    Args:
-        name: Which objective; "muco" is the multi-turn pre-training stage.
-        query_history: Probability in [0, 1] that the turns of a query dialogue see the earlier ones (paper: 1).
-        target_history: Probability in [0, 1] that the turns of a target dialogue see the earlier ones (paper: 1).
-        negatives: Most hard negatives of a row (neg_text, neg_image_path) to use in a step, drawn anew in each pass.
-    """
-
-    name: Literal["muco"] = "muco"
-    query_history: float = 1.0
-    target_history: float = 1.0
-    negatives: int = 0
 
 
 @dataclass
@@ -245,6 +229,7 @@ class RunConfig:
         model: The backbone.
         data: Rows and pictures.
         task: The objective.
+        prompts: Wording of the turns that ask for a reconstruction.
         batch: The global batch.
         optim: AdamW and its schedule.
         loss: InfoNCE.
@@ -258,6 +243,7 @@ class RunConfig:
     model: ModelOptions
     data: DataOptions
     task: TaskOptions = field(default_factory=TaskOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     loss: LossOptions = field(default_factory=LossOptions)
@@ -334,6 +320,7 @@ def validate(config: RunConfig) -> None:
             f"batch.source_run is {config.batch.source_run}, which does not divide batch.images, {config.batch.images}"
         )
     _check_weights(data.sources())
+    check_task(config.task, config.prompts, masks=config.loss.mask_same_image or config.loss.mask_same_target)
     if data.min_pixels > data.max_pixels:
         raise UserError(f"data.min_pixels is {data.min_pixels}, above data.max_pixels, {data.max_pixels}: swap them")
     if run.max_steps is not None and optim.warmup_steps > run.max_steps:

@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is forked; 
 
 import numpy as np
 
-from muco_ds.build import build_reader, build_stage
+from muco_ds.build import build_reader, build_stage, load_processing
 from muco_ds.config import RunConfig, Source, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Packer
@@ -29,7 +29,6 @@ from muco_ds.data.readers import M3TReader
 from muco_ds.data.stages.base import longest_rows
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.models.backbones import load_config
-from muco_ds.models.folder import Processing, Settings
 
 SHOWN_BAD_ROWS = 5
 
@@ -95,7 +94,7 @@ def main() -> int:
     config = parse_args(rest).config
     check_paths(config)
     load_config(config.model.path)  # says it when this is no model folder
-    packer = Processing.load(config.model.path, Settings.of_run(config.model.pool_token, config.data)).packer()
+    packer = load_processing(config).packer()
     sources = config.data.sources()
     keys = ["data.train"] if len(sources) == 1 else [f"data.train[{i}]" for i in range(len(sources))]
     if config.data.val is not None:

@@ -21,6 +21,7 @@ ROLES = {
 _CHAT, _PICTURE, _QUESTION, _TARGET, _POOLED = range(len(ROLES))
 _PALETTE = np.array(list(ROLES.values()), np.uint8)
 _PLOT, _BAR, _PAD, _TEXT_WIDTH, _THUMB = 900, 18, 16, 640, 84
+_KINDS = ("query", "target", "hard negative")
 _INK, _FAINT = (33, 37, 41), (120, 126, 133)
 
 
@@ -34,7 +35,7 @@ def batch_picture(batch: PackedBatch, sides: list[Side], template: ChatTemplate)
     mask_TT = batch.segments.dense_mask().numpy()
     pixels = np.where(mask_TT[..., None], _PALETTE[role_T][None], np.uint8(255)).astype(np.uint8)
     plot = Image.fromarray(pixels).resize((_PLOT, _PLOT), Image.Resampling.BOX if len(role_T) > _PLOT else 0)
-    panel = _dialogues(batch, sides)
+    panel = _dialogues(batch, sides, template)
     height = max(_PLOT + _BAR + 3 * _PAD + 60, panel.height + 2 * _PAD)
     canvas = Image.new("RGB", (_PLOT + _BAR + _TEXT_WIDTH + 4 * _PAD, height), "white")
     draw = ImageDraw.Draw(canvas)
@@ -63,14 +64,14 @@ def _roles(batch: PackedBatch, sides: list[Side], template: ChatTemplate) -> np.
     pooled = sorted(batch.emb_index_E.tolist())
     texts = [(side.kind, turn) for side in sides for turn in side.dialogue.turns]
     for (kind, turn), row in zip(texts, pooled, strict=True):
-        length = len(template.encode_texts([turn])[0])
+        length = len(template.encode_turns([turn])[0])
         end = row - len(template.tail) + 1
         role_T[end - length : end] = _QUESTION if kind == QUERY else _TARGET
     role_T[pooled] = _POOLED
     return role_T
 
 
-def _dialogues(batch: PackedBatch, sides: list[Side]) -> Image.Image:
+def _dialogues(batch: PackedBatch, sides: list[Side], template: ChatTemplate) -> Image.Image:
     """The text panel: per dialogue its picture, layout and turns."""
     font, small = ImageFont.load_default(16), ImageFont.load_default(14)
     canvas = Image.new("RGB", (_TEXT_WIDTH, sum(_height(side) for side in sides) + 40), "white")
@@ -83,7 +84,7 @@ def _dialogues(batch: PackedBatch, sides: list[Side]) -> Image.Image:
         layout = "each turn sees all before it" if side.history else "each turn sees the prefix and itself"
         colour = ROLES["question" if query else "target"]
         draw.rectangle((0, y, 5, y + _height(side) - 14), fill=colour)
-        draw.text((14, y), f"{'query' if query else 'target'} dialogue: {layout}", fill=_INK, font=font)
+        draw.text((14, y), f"{_KINDS[side.kind]} dialogue: {layout}", fill=_INK, font=font)
         x = 14
         for ref in side.dialogue.images:
             thumb = decode(ref)
@@ -91,7 +92,7 @@ def _dialogues(batch: PackedBatch, sides: list[Side]) -> Image.Image:
             canvas.paste(thumb, (x, y + 26))
             x += _THUMB + 10
         for n, turn in enumerate(side.dialogue.turns):
-            text = textwrap.shorten(turn, (_TEXT_WIDTH - x) // 8, placeholder=" ...")
+            text = textwrap.shorten(template.shown(turn), (_TEXT_WIDTH - x) // 8, placeholder=" ...")
             draw.text((x, y + 26 + 18 * n), text, fill=_INK, font=small)
         y += _height(side)
     return canvas

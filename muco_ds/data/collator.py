@@ -30,7 +30,7 @@ class Packer:
         """
         if not sides:
             return self._spare()
-        text_ids = self._encode([turn for side in sides for turn in side.dialogue.turns])
+        text_ids = iter(self.template.encode_turns([turn for side in sides for turn in side.dialogue.turns]))
         row = _Row()
         for side in sides:
             pictures = [self._picture(ref, row, replace_broken) for ref in side.dialogue.images]
@@ -53,9 +53,6 @@ class Packer:
         filler = Side(QUERY, Dialogue(("-",)), history=True, ids_k3=np.zeros((1, 3), np.int64))
         batch = self.pack([filler], replace_broken=False)
         return replace(batch, emb_index_E=batch.emb_index_E[:0], ids_E3=batch.ids_E3[:0], counts=RowCounts(0, 0))
-
-    def _encode(self, texts: list[str]):  # type: ignore[no-untyped-def]
-        return iter(self.template.encode_texts(texts))
 
     def _picture(self, ref, row: _Row, replace_broken: bool) -> Patches:  # type: ignore[no-untyped-def]
         try:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-PARAPHRASE, TURN_ORDER, QUERY_HISTORY, TARGET_HISTORY, EPOCH_ORDER, MIXTURE, NEGATIVES = range(7)
+(
+    PARAPHRASE,
+    TURN_ORDER,
+    QUERY_HISTORY,
+    TARGET_HISTORY,
+    EPOCH_ORDER,
+    MIXTURE,
+    NEGATIVES,
+    QUERY_COUNTERPART,
+    TARGET_COUNTERPART,
+) = range(9)
 """Purposes: two draws with different purposes are independent."""
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

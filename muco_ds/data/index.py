@@ -39,6 +39,8 @@ SAMPLE = np.dtype(
         ("row", "i8"),
         ("turn_end", "i8"),  # end of this sample's slice of `turns`
         ("negative_end", "i8"),  # end of this sample's slice of `negatives`
+        ("query_word_end", "i8"),  # end of the query's words in this sample's slice of `words`
+        ("target_word_end", "i8"),  # end of the target's, and of the slice
         ("image_id", "i8"),
         ("query_images", "i4"),
         ("query_image_tokens", "i4"),
@@ -60,8 +62,13 @@ NEGATIVE = np.dtype(
         ("patches_squared", "i8"),
     ]
 )
-TABLES = {"samples": SAMPLE, "turns": TURN, "questions": QUESTION, "negatives": NEGATIVE}
-_ENDS = {"samples": {"turn_end": "turns", "negative_end": "negatives"}, "turns": {"question_end": "questions"}}
+WORD = np.dtype("i4")  # tokens of each word of `Record.restated`, where the reader reads captions
+TABLES = {"samples": SAMPLE, "turns": TURN, "questions": QUESTION, "negatives": NEGATIVE, "words": WORD}
+_WORD_ENDS = {"query_word_end": "words", "target_word_end": "words"}
+_ENDS = {
+    "samples": {"turn_end": "turns", "negative_end": "negatives", **_WORD_ENDS},
+    "turns": {"question_end": "questions"},
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Index:
     bad_rows: int
     parts: tuple[Part, ...]
     negatives: np.ndarray = field(default_factory=lambda: np.empty(0, NEGATIVE))
+    word_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, WORD))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,7 +113,7 @@ class Index:
 
     def tables(self) -> dict[str, np.ndarray]:
         """All arrays, by the names of TABLES."""
-        arrays = (self.samples, self.turns, self.question_tokens, self.negatives)
+        arrays = (self.samples, self.turns, self.question_tokens, self.negatives, self.word_tokens)
         return dict(zip(TABLES, arrays, strict=True))
 
     def question_bounds(self, turn: int) -> tuple[int, int]:
@@ -188,7 +196,11 @@ class Indexer:
             rows_of["turns"].append((next(tokens), hashed, len(rows_of["questions"])))
         for negative, picture in zip(record.negatives, pictures, strict=True):
             rows_of["negatives"].append((next(tokens), target_hash(negative.text, negative.images), *picture))
-        ends = len(rows_of["turns"]), len(rows_of["negatives"])
+        word_ends = []
+        for text in ("", "") if record.captions is None else record.restated():
+            rows_of["words"] += [len(ids) for ids in self.template.encode_words(text)]
+            word_ends.append(len(rows_of["words"]))
+        ends = len(rows_of["turns"]), len(rows_of["negatives"]), *word_ends
         patches = (query[2] + target[2], query[3] + target[3])
         rows_of["samples"].append((row, *ends, image_id(record), *query[:2], *target[:2], *patches))
 
@@ -312,11 +324,11 @@ def load_index(path: Path) -> Index:
     """The published index in a folder; its parts are for the caller to name."""
     meta = json.loads((path / "meta.json").read_text())
     files = {name: path / f"{name}.bin" for name in TABLES}
-    samples, turns, questions, negatives = (
+    samples, turns, questions, negatives, words = (
         np.memmap(files[name], dtype, "r") if files[name].stat().st_size else np.empty(0, dtype)
         for name, dtype in TABLES.items()
     )
-    return Index(path, samples, turns, questions, meta["bad_rows"], (), negatives)
+    return Index(path, samples, turns, questions, meta["bad_rows"], (), negatives, words)
 
 
 def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:

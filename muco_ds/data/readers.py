@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +73,9 @@ class M3TReader:
 
     def record(self, row: int) -> Record:
         """The row as a Record. Raises RowError when it can't be used."""
-        data: dict[str, Any] = self._dataset[row]
+        return self._record(row, self._dataset[row])
+
+    def _record(self, row: int, data: dict[str, Any]) -> Record:
         questions, targets = data["qry"], data["pos_text"]
         questions = [questions] if isinstance(questions, str) else questions
         targets = [targets] if isinstance(targets, str) else targets
@@ -121,6 +124,24 @@ class M3TReader:
             if os.path.commonpath([path, self.images]) != self.images or "\0" in path:
                 raise RowError(f"picture path leaves data.images: {path!r}")
         return paths
+
+
+class PairReader(M3TReader):
+    """Single pairs in the columns of TIGER-Lab/MMEB-train or of M3T's MMEB folder, with captions where there are any.
+
+    qry_sentence and pos_sentence describe the pictures of the query and of the target.
+    """
+
+    def _record(self, row: int, data: dict[str, Any]) -> Record:
+        record = super()._record(row, data)
+        if len(record.turns) != 1 or len(record.turns[0].questions) != 1:
+            raise RowError(f"{len(record.turns)} turns, or paraphrases: fine-tuning takes single pairs")
+        return replace(record, captions=(_caption(data.get("qry_sentence")), _caption(data.get("pos_sentence"))))
+
+
+def _caption(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else value
+    return _clean(first) if isinstance(first, str) else ""
 
 
 def _clean(text: str) -> str:

@@ -23,11 +23,15 @@ TURNS_PER_SAMPLE = 1024
 """A sample may hold at most this many turns; see `pair_ids`."""
 
 
+Turn = str | tuple[int, ...]
+"""A user turn: its text, or token ids where it holds a special token, which in a text would be inert."""
+
+
 @dataclass(frozen=True)
 class Dialogue:
     """One side of an example: pictures (always rendered first) and one or more user turns."""
 
-    turns: tuple[str, ...]
+    turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
 
 
@@ -64,13 +68,30 @@ class Negative:
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a data set before anything is drawn. Image paths are absolute."""
+    """One row of a data set before anything is drawn. Image paths are absolute.
+
+    `captions`: of the query's and of the target's pictures, '' = none; None where the reader reads none.
+    """
 
     row: int
     turns: tuple[RecordTurn, ...]
     query_images: tuple[str, ...] = ()
     target_images: tuple[str, ...] = ()
     negatives: tuple[Negative, ...] = ()
+    captions: tuple[str, str] | None = None
+
+    def restated(self) -> tuple[str, str]:
+        """The only query and target in words, pictures replaced by their captions; '' where there are none."""
+        assert self.captions is not None and len(self.turns) == 1
+        turn = self.turns[0]
+        sides = (
+            (self.query_images, self.captions[0], turn.questions[0]),
+            (self.target_images, self.captions[1], turn.target),
+        )
+        query, target = (
+            f"Image description: {caption}\n{text}" if images and caption else text for images, caption, text in sides
+        )
+        return query, target
 
 
 @dataclass(frozen=True)

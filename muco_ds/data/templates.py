@@ -18,10 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from muco_ds.data.schema import Turn
+
 SYSTEM_PROMPT = "You are a helpful assistant."
 """The system text of the Qwen2-VL chat template."""
 
 END = "<|im_end|>"
+MASK = "<|mask|>"
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 
@@ -56,10 +59,36 @@ class ChatTemplate:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each stripped text, special tokens not recognised."""
+        return self._encode([text.strip() for text in texts])
+
+    def encode_turns(self, turns: Sequence[Turn]) -> list[list[int]]:
+        """Token ids of each turn: a text's as `encode_texts` gives them, else its own."""
+        encoded = iter(self.encode_texts([turn for turn in turns if isinstance(turn, str)]))
+        return [next(encoded) if isinstance(turn, str) else list(turn) for turn in turns]
+
+    def encode_words(self, text: str) -> list[list[int]]:
+        """Token ids of each word, with a space before it; special tokens not recognised."""
+        return self._encode([f" {word}" for word in text.split()])
+
+    def encode_exactly(self, text: str) -> list[int]:
+        """Token ids of a text with the white space at its ends; special tokens not recognised."""
+        return self._encode([text])[0]
+
+    def shown(self, turn: Turn) -> str:
+        """A turn as text, for people."""
+        return turn if isinstance(turn, str) else str(self.tokenizer.decode(list(turn)))
+
+    @property
+    def mask(self) -> int:
+        """Id of the mask token, of a tokenizer that has it."""
+        (mask,) = self._markup(MASK)
+        return mask
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
         try:
-            encodings = backend.encode_batch_fast([text.strip() for text in texts], add_special_tokens=False)
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         finally:
             backend.encode_special_tokens = False
         return [encoding.ids for encoding in encodings]

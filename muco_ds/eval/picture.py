@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from muco_ds.data.images import decode
+from muco_ds.data.schema import Turn
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.retrieval import Ranking
 
@@ -45,5 +46,5 @@ def _row(task: M3TTask, ranking: Ranking, i: int, font: ImageFont.FreeTypeFont |
     return canvas
 
 
-def _shorten(text: str) -> str:
-    return textwrap.shorten(text, 72, placeholder=" ...")
+def _shorten(text: Turn) -> str:
+    return textwrap.shorten(str(text), 72, placeholder=" ...")

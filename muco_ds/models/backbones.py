@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from muco_ds.data.templates import MASK
 from muco_ds.errors import UserError
 from muco_ds.models.attention import BACKENDS, register_attention
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 BACKBONES: dict[str, type[PreTrainedModel]] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
 
-EMB_TOKEN, MASK_TOKEN = "<|emb|>", "<|mask|>"
+EMB_TOKEN = "<|emb|>"
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -50,10 +51,11 @@ def load_config(path: str) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(path: str, pool_token: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, pool_token: str, *, masks: bool = False) -> PreTrainedTokenizerFast:
     """The folder's tokenizer with `<|emb|>` and `<|mask|>` added behind its last token (spare vocabulary rows).
 
-    With another `model.pool_token`, which must be one of the tokenizer's own, nothing is added.
+    With another `model.pool_token`, which must be one of the tokenizer's own, nothing is added but the mask, and that
+    only for a stage that masks words (`masks`).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -61,12 +63,11 @@ def load_tokenizer(path: str, pool_token: str) -> PreTrainedTokenizerFast:
         raise UserError(f"model.path: '{path}' holds no tokenizer that loads: copy its tokenizer files") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"model.path: '{path}' has no tokenizer.json: save its tokenizer in the fast format")
-    if pool_token == EMB_TOKEN:
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [EMB_TOKEN, MASK_TOKEN]}, replace_extra_special_tokens=False
-        )
-    elif pool_token not in tokenizer.get_vocab():
+    if pool_token != EMB_TOKEN and pool_token not in tokenizer.get_vocab():
         raise UserError(f"model.pool_token: '{pool_token}' is not a token of '{path}': use {EMB_TOKEN} or <|im_end|>")
+    new = [EMB_TOKEN, MASK] if pool_token == EMB_TOKEN else [MASK] * masks
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     return tokenizer
 
 

@@ -62,7 +62,7 @@ def encode_dialogues(
 def split_by_tokens(packer: Packer, dialogues: Sequence[Dialogue], pack_tokens: int) -> list[list[int]]:
     """Consecutive dialogues grouped into packs of at most `pack_tokens` (a longer one stands alone)."""
     texts = [turn for dialogue in dialogues for turn in dialogue.turns]
-    counts = iter([len(ids) for ids in packer.template.encode_texts(texts)])
+    counts = iter([len(ids) for ids in packer.template.encode_turns(texts)])
     packs: list[list[int]] = []
     room = 0
     for i, dialogue in enumerate(dialogues):

@@ -50,9 +50,9 @@ class Processing:
     settings: Settings
 
     @classmethod
-    def load(cls, path: str, settings: Settings) -> Processing:
-        """From a backbone folder (new tokens are added) or from one of our own."""
-        return cls(load_tokenizer(path, settings.pool_token), load_image_processor(path), settings)
+    def load(cls, path: str, settings: Settings, *, masks: bool = False) -> Processing:
+        """From a backbone folder (new tokens are added, see `load_tokenizer`) or from one of our own."""
+        return cls(load_tokenizer(path, settings.pool_token, masks=masks), load_image_processor(path), settings)
 
     def packer(self) -> Packer:
         images = ImagePipeline(self.image_processor, self.settings.limits)

@@ -18,6 +18,7 @@ LEVELS = [
         "errors",
         "config",
         "config_cli",
+        "config_task",
         "ds_config",
         "ops",
         "losses",

@@ -42,7 +42,8 @@ FREE = {
 }
 BOUND = {
     *("run.name", "run.seed", "run.precision", "model.path", "model.pool_token", "model.freeze_vision"),
-    *("task.name", "task.query_history", "task.target_history", "task.negatives"),
+    *("task.name", "task.query_history", "task.target_history", "task.negatives", "task.reconstruct"),
+    *("task.compound", "prompts.after_query", "prompts.after_target"),
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.lr", "optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
