@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from muco_ds.data.demo_pairs import IMAGE_MARK, write_pairs
+
 CELL = 28
 GRID = 3
 SIDE = CELL * GRID
@@ -44,7 +46,6 @@ COLOURS = {
 BACKGROUNDS = {"night": (15, 15, 25), "fog": (135, 135, 135), "snow": (250, 250, 250), "sea": (0, 95, 110)}
 FRAME = (255, 128, 0)
 SIGNS = {**{c: f"the letter {c}" for c in "AHKX"}, **{c: f"the digit {c}" for c in "2479"}}
-IMAGE_MARK = "<|image_1|>\n"
 
 M3T_SCHEMA = pa.schema(
     [
@@ -239,13 +240,15 @@ def scene_row(scene: Scene, image_path: str, rng: random.Random) -> dict[str, An
 def write_data(data_dir: Path, train_scenes: int, test_scenes: int, seed: int) -> list[dict[str, Any]]:
     """Write `train.parquet`, `test.parquet` and `images/{train,test}/*.png` under `data_dir`; return the training rows.
 
-    No test scene equals a training scene. The same arguments give the same files.
+    `pairs_train.parquet` holds single pairs of the training scenes (`demo_pairs`). No test scene equals a training
+    scene. The same arguments give the same files.
     """
     scenes = sample_scenes(train_scenes + test_scenes, seed)
     # The test scenes come first, so that they stay the same when only the number of training scenes changes.
     splits = {"test": scenes[:test_scenes], "train": scenes[test_scenes:]}
     assert not set(splits["test"]) & set(splits["train"])
     rows = {split: _write_split(data_dir, split, part, seed) for split, part in splits.items()}
+    write_pairs(data_dir / "pairs_train.parquet", rows["train"], seed)
     return rows["train"]
 
 

@@ -3,14 +3,15 @@
     python tests/distributed/exactness.py [--ranks 1 2 4]
 
 runs the whole grid, {1, 2, 4 ranks} x {1, 3 packs} x {ZeRO 0, 2, 3} x {activation checkpointing} x {vision frozen,
-trained}, in fp32 and prints a table in Markdown. Every batch holds ragged dialogues in both attention layouts, rows
-with and without a picture, and ragged hard negatives, some of them with pictures, of which some are masked. Keys are
-gathered, under ZeRO 2 passed round in a ring.
+trained}, and fine-tuning with reconstruction on every ZeRO stage, in fp32 and prints a table in Markdown. Every batch
+holds ragged dialogues in both attention layouts, rows with and without a picture, and ragged hard negatives, some of
+them with pictures, of which some are masked. Keys are gathered, under ZeRO 2 passed round in a ring.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from muco_ds.build import Data, build_data
+from muco_ds.build import Data, build_data, build_task
 from muco_ds.config import (
     BatchOptions,
     DataOptions,
@@ -44,7 +45,6 @@ from muco_ds.models.backbones import load_backbone
 from muco_ds.models.demo_model import write_model
 from muco_ds.models.embedder import Embedder
 from muco_ds.optim import build_optimizer, learning_rate
-from muco_ds.tasks.muco import MuCoTask
 from muco_ds.trainer import Trainer
 
 IMAGES, STEPS = 24, 3
@@ -58,6 +58,7 @@ class Setting:
     stage: int
     checkpointing: bool
     frozen: bool
+    finetune: bool = False
 
 
 @dataclass
@@ -84,7 +85,8 @@ class Errors:
 
 
 def grid() -> list[Setting]:
-    return [Setting(*cell) for cell in product((1, 3), (0, 2, 3), (False, True), (True, False))]
+    cells = [Setting(*cell) for cell in product((1, 3), (0, 2, 3), (False, True), (True, False))]
+    return [*cells, *(Setting(3, stage, False, frozen=stage == 2, finetune=True) for stage in (0, 2, 3))]
 
 
 def write_rows(folder: Path) -> None:
@@ -108,7 +110,7 @@ def write_rows(folder: Path) -> None:
 
 def run_config(folder: Path, setting: Setting) -> RunConfig:
     stage = {"stage": setting.stage, "stage3_param_persistence_threshold": 0}
-    name = f"{setting.packs}-{setting.stage}-{setting.checkpointing}-{setting.frozen}"
+    name = "-".join(map(str, dataclasses.astuple(setting)))
     path = folder / f"zero{setting.stage}.json"
     if not dist.is_initialized() or dist.get_rank() == 0:
         path.write_text(json.dumps({"zero_optimization": stage, "steps_per_print": 10**9}))
@@ -120,8 +122,15 @@ def run_config(folder: Path, setting: Setting) -> RunConfig:
         model=ModelOptions(
             str(folder / "model"), freeze_vision=setting.frozen, activation_checkpointing=setting.checkpointing
         ),
-        data=DataOptions(str(data / "train.parquet"), str(data / "images"), min_pixels=3136, max_pixels=7056),
-        task=TaskOptions(query_history=0.5, target_history=0.5, negatives=2),
+        data=DataOptions(
+            str(data / ("pairs_train.parquet" if setting.finetune else "train.parquet")),
+            str(data / "images"),
+            min_pixels=3136,
+            max_pixels=7056,
+        ),
+        task=TaskOptions(name="finetune", reconstruct=True, negatives=1)
+        if setting.finetune
+        else TaskOptions(query_history=0.5, target_history=0.5, negatives=2),
         batch=BatchOptions(images=IMAGES, pack_tokens=10**6),
         # AdamW divides by the gradient's own size: with a tiny eps rounding decides where the gradient is zero.
         optim=OptimOptions(lr=2e-4, warmup_steps=1, eps=1e-4, weight_decay=0.01),
@@ -188,15 +197,15 @@ def full_tensors(engine, gradients: bool) -> dict[str, torch.Tensor]:  # type: i
     return {name: get(p).detach().float().clone() for name, p in named.items()}
 
 
-def reference(folder: Path, frozen: bool) -> Outcome:
+def reference(folder: Path, frozen: bool, finetune: bool) -> Outcome:
     """The same three steps as anyone would write them: one process, one pack, torch's own clipping and AdamW."""
-    config = run_config(folder, Setting(1, 0, False, frozen))
+    config = run_config(folder, Setting(1, 0, False, frozen, finetune))
     data = build_data(config)
     into_packs(data, 1)
     backbone = load_backbone(
         config.model.path, dtype=torch.float32, attention="sdpa", vocabulary=len(data.processing.tokenizer)
     )
-    task = MuCoTask(Embedder(backbone, freeze_vision=frozen), config.loss).train()
+    task = build_task(config, Embedder(backbone, freeze_vision=frozen)).train()
     optimizer = build_optimizer(task, config.optim)
     named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     outcome = Outcome([], [], {}, 1)
@@ -234,11 +243,12 @@ def errors(outcome: Outcome, expected: Outcome) -> Errors:
 def compare(folder: Path, settings: Sequence[Setting]) -> list[Errors]:
     """Each setting's errors, on this many ranks; the references are computed here, on rank 0's data alone."""
     expected = torch.load(folder / "references.pt", weights_only=False)
-    return [errors(trained(folder, setting), expected[setting.frozen]) for setting in settings]
+    return [errors(trained(folder, setting), expected[setting.frozen, setting.finetune]) for setting in settings]
 
 
 def write_references(folder: Path) -> None:
-    torch.save({frozen: reference(folder, frozen) for frozen in (True, False)}, folder / "references.pt")
+    kinds = list(product((True, False), (True, False)))
+    torch.save({kind: reference(folder, *kind) for kind in kinds}, folder / "references.pt")
 
 
 def measure(folder: Path, ranks: int, settings: Sequence[Setting]) -> list[Errors]:
@@ -254,13 +264,19 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
     worst = 0.0
-    print("| ranks | packs | ZeRO | checkpointing | vision | loss | gradients | weights |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| task | ranks | packs | ZeRO | checkpointing | vision | loss | gradients | weights |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         write_rows(Path(name))
         for ranks in args.ranks:
             for setting, found in zip(grid(), measure(Path(name), ranks, grid()), strict=True):
-                cells = [ranks, setting.packs, setting.stage, "on" if setting.checkpointing else "off"]
+                cells = [
+                    "finetune" if setting.finetune else "muco",
+                    ranks,
+                    setting.packs,
+                    setting.stage,
+                    "on" if setting.checkpointing else "off",
+                ]
                 cells += ["frozen" if setting.frozen else "trained"]
                 numbers = [f"{value:.0e}" for value in (found.loss, found.gradient, found.weight)]
                 print("| " + " | ".join(map(str, [*cells, *numbers])) + " |", flush=True)

@@ -16,6 +16,7 @@ CELLS = {
         Setting(1, 0, checkpointing=False, frozen=False),
         Setting(3, 3, checkpointing=True, frozen=True),
         Setting(3, 2, checkpointing=False, frozen=False),
+        Setting(3, 3, checkpointing=False, frozen=False, finetune=True),
         Setting(1, 3, checkpointing=True, frozen=False),
     ],
     4: [Setting(3, 3, checkpointing=False, frozen=False), Setting(1, 2, checkpointing=True, frozen=True)],

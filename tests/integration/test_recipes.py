@@ -15,11 +15,12 @@ RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 JSONS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
-def small(demo: Demo, out: Path) -> dict[str, object]:
+def small(demo: Demo, out: Path, task: str) -> dict[str, object]:
     """Only paths, sizes and numbers of steps; what the recipe is about stays as it is."""
+    rows = "pairs_train.parquet" if task == "finetune" else "train.parquet"
     return {
         **{"run.name": "run", "run.dir": out, "run.max_steps": 2, "optim.warmup_steps": 1, "log.every": 1},
-        **{"model.path": demo.model, "data.train": demo.data / "train.parquet", "data.images": demo.data / "images"},
+        **{"model.path": demo.model, "data.train": demo.data / rows, "data.images": demo.data / "images"},
         **{"data.val": demo.data / "test.parquet", "data.workers": 1, "validation.rows": 2},
         **{"data.short_side": "null", "data.min_pixels": 3136, "data.max_pixels": 7056},
         **{"batch.images": 8, "batch.pack_tokens": 4096},
@@ -32,14 +33,14 @@ def check(out: Path) -> None:
 
 
 def test_recipes_are_found() -> None:
-    assert {"demo.yaml", "qwen2vl_2b.yaml"} <= {path.name for path in RECIPES} and len(JSONS) >= 3
+    assert {"demo.yaml", "demo_finetune.yaml", "qwen2vl_2b.yaml"} <= {path.name for path in RECIPES} and len(JSONS) >= 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses_and_runs_two_steps(recipe: Path, demo: Demo, programs: Programs, tmp_path: Path) -> None:
-    load_config(recipe)
+    task = load_config(recipe).task.name
     argv: list[str | Path] = [TRAIN, "--config", recipe]
-    for key, value in small(demo, tmp_path).items():
+    for key, value in small(demo, tmp_path, task).items():
         argv += [f"--{key}", str(value)]
     programs.run(argv).check()
     check(tmp_path)

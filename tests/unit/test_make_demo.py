@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from muco_ds.data.demo_scenes import sample_scenes
+from muco_ds.data.readers import PairReader
 from muco_ds.models.demo_model import SPECIAL_TOKENS, build_demo
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo.py"
@@ -48,6 +49,16 @@ def test_rows_have_m3t_columns_and_pictures(demo: Path, split: str, count: int) 
         assert all(row["pos_text"]) and row["neg_text"] == [""] * 7 and row["pos_image_path"] == ""
         with Image.open(demo / "data" / "images" / row["qry_image_path"]) as image:
             assert image.size == (84, 84) and image.mode == "RGB"
+
+
+def test_pairs_are_readable_and_their_negatives_wrong(demo: Path) -> None:
+    reader = PairReader(str(demo / "data" / "pairs_train.parquet"), str(demo / "data" / "images"), negatives=True)
+    records = [reader.record(row) for row in range(60)]
+    for record in records:
+        (negative,) = record.negatives
+        assert bool(record.query_images) != bool(record.target_images) and all(record.restated())
+        assert (negative.text, negative.images) != (record.turns[0].target, record.target_images)
+    assert 2 <= sum(bool(record.target_images) for record in records) <= 20
 
 
 def test_train_and_test_pictures_are_disjoint(demo: Path) -> None:

@@ -1,0 +1,55 @@
+"""Single pairs about the rendered scenes, in the columns of TIGER-Lab/MMEB-train, with captions and a wrong answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+IMAGE_MARK = "<|image_1|>\n"
+COLUMNS = ("qry", "qry_image_path", "qry_sentence", "pos_text", "pos_image_path", "pos_sentence")
+PAIR_SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "neg_text", "neg_image_path")])
+_LOOKED_AT = 16  # rows among which a wrong answer is sought
+
+
+def write_pairs(path: Path, rows: Sequence[dict[str, Any]], seed: int) -> None:
+    """Write one pair for each M3T row of the demo, a function of the arguments alone.
+
+    Seven in eight ask one of the row's questions about its picture, with another scene's answer to the same kind of
+    question as hard negative; the others seek the picture by its caption, with another picture as hard negative.
+    """
+    rng = random.Random(f"pairs {seed}")
+    pairs = [_pair(row, rows, rng) for row in rows]
+    pq.write_table(pa.Table.from_pylist(pairs, schema=PAIR_SCHEMA), path)
+
+
+def _pair(row: dict[str, Any], rows: Sequence[dict[str, Any]], rng: random.Random) -> dict[str, Any]:
+    slot = rng.randrange(len(row["pos_text"]) + 1)
+    others = rng.sample(rows, min(_LOOKED_AT, len(rows)))
+    if slot == len(row["pos_text"]):
+        wrong = next((other["qry_image_path"] for other in others if other is not row), "")
+        return {
+            "qry": f"{IMAGE_MARK}Find the picture: {row['qry_sentence']}\n",
+            "qry_image_path": "",
+            "qry_sentence": "",
+            "pos_text": f"{IMAGE_MARK}Represent the picture.\n",
+            "pos_image_path": row["qry_image_path"],
+            "pos_sentence": row["qry_sentence"],
+            "neg_text": f"{IMAGE_MARK}Represent the picture.\n" if wrong else "",
+            "neg_image_path": wrong,
+        }
+    answer = row["pos_text"][slot]
+    return {
+        "qry": rng.choice(row["qry"][slot]),
+        "qry_image_path": row["qry_image_path"],
+        "qry_sentence": row["qry_sentence"],
+        "pos_text": answer,
+        "pos_image_path": "",
+        "pos_sentence": "",
+        "neg_text": next((o["pos_text"][slot] for o in others if o["pos_text"][slot] != answer), ""),
+        "neg_image_path": "",
+    }
