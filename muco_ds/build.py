@@ -68,6 +68,11 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
     reader, index = open_sources(config, packer)
     stage = build_stage(config, index, reader, packer.template)
     with env.agreement():
+        if config.task.negatives and not len(index.negatives):
+            raise UserError(
+                f"task.negatives={config.task.negatives} but no row of data.train holds any: fill the columns neg_text "
+                "or neg_image_path, or set it to 0"
+            )
         mixture = Mixture(
             np.diff([0, *(part.end for part in index.parts)]).tolist(),
             [source.weight for source in config.data.sources()],

@@ -26,7 +26,9 @@ from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Packer
 from muco_ds.data.index import Index, Indexer, index_path, open_index
 from muco_ds.data.readers import M3TReader
-from muco_ds.data.stages.base import longest_rows
+from muco_ds.data.stages.base import Stage, longest_rows
+from muco_ds.data.stages.muco import MuCoStage
+from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.models.backbones import load_config
 
@@ -62,7 +64,7 @@ def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -
         print_bad_rows(index)
     turns_S = np.diff(index.samples["turn_end"], prepend=0)
     print(f"turns     a row: min {turns_S.min()}, mean {turns_S.mean():.1f}, max {turns_S.max()}")
-    tokens_S = longest_rows(build_stage(config, index, reader, packer.template))
+    tokens_S = longest_rows(stage_of(config, reader.key, index, reader, packer.template))
     print(f"tokens    a row, both sides, longest paraphrases: {spread(tokens_S)}")
     print(f"patches   a row, into the vision tower: {spread(index.samples['patches'])}")
     worst, budget = int(tokens_S.argmax()), config.batch.pack_tokens
@@ -71,6 +73,15 @@ def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -
         verdict = f"does not fit batch.pack_tokens={budget}: raise it, lower data.max_pixels, or shorten the row"
     print(f"longest   row {index.samples['row'][worst]}, {tokens_S[worst]} tokens: {verdict}")
     print(f"index     {index.folder}")
+
+
+def stage_of(config: RunConfig, key: str, index: Index, reader: M3TReader, template: ChatTemplate) -> Stage:
+    """The run's stage; held-out rows are turns to be encoded, whatever it is trained on."""
+    if key != "data.val":
+        return build_stage(config, index, reader, template)
+    query_history, target_history = config.task.query_history, config.task.target_history
+    rows = index, reader, template
+    return MuCoStage(*rows, seed=config.run.seed, query_history=query_history, target_history=target_history)
 
 
 def print_bad_rows(index: Index) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muco_ds.build import build_data
+from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Collator
 from muco_ds.data.index import Indexer, open_index, target_hash
 from muco_ds.data.joined import JoinedReader, join_indices
@@ -18,6 +20,7 @@ from muco_ds.data.readers import M3TReader, RowError
 from muco_ds.data.schema import Negative
 from muco_ds.data.stages.base import longest_rows
 from muco_ds.data.stages.muco import MuCoStage
+from muco_ds.errors import UserError
 
 from demo import Demo, Rows, mixed_rows, row, write_picture, write_rows
 
@@ -160,6 +163,13 @@ def test_a_row_that_lost_one_says_so(data: Rows) -> None:
     forgetful = Forgetful(data.reader.files[0], data.reader.images, negatives=True)
     with pytest.raises(RowError, match="row 3 has 0 negatives, 3 were indexed"):
         stage(replace(data, reader=forgetful)).sides(3, 0)
+
+
+def test_asking_for_negatives_of_data_without_any_is_refused(demo: Demo, tmp_path: Path) -> None:
+    argv = ["--run.name", "r", "--run.max_steps", "200", "--model.path", str(demo.model), "--task.negatives", "2"]
+    argv += ["--data.train", str(demo.train), "--data.images", str(demo.images), "--data.index_dir", str(tmp_path)]
+    with pytest.raises(UserError, match=r"task\.negatives=2 but no row of data\.train holds any: fill the columns"):
+        build_data(parse_args([*argv, "--batch.images", "8"]).config)
 
 
 def test_the_picture_of_a_row_without_negatives_is_no_part_of_it(tmp_path: Path) -> None:
