@@ -58,6 +58,7 @@ def test_starting_later_equals_skipping(mixed: Rows) -> None:
 def test_a_step_tells_each_rank_about_all(mixed: Rows) -> None:
     for a, b in zip(batches(mixed, rank=0), batches(mixed, rank=1), strict=True):
         assert a.rows_per_rank == b.rows_per_rank == [a.packs[0].counts, b.packs[0].counts]
+        assert a.pairs == b.pairs == sum(rows.queries for rows in a.rows_per_rank)
         assert not set(a.samples) & set(b.samples) and len(a.samples) + len(b.samples) == a.images == 10
         assert a.cost == b.cost and a.cost["llm_tokens"] == a.packs[0].tokens + b.packs[0].tokens
         assert a.cost["vit_patches"] == a.packs[0].patches + b.packs[0].patches
