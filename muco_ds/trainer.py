@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -169,6 +169,8 @@ class Trainer:
 
     def _embed(self, pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
         """Embeddings of a pack, emb_ED. A pack is on the device while it is worked on: pixels are most of a batch."""
+        if kept is not None and kept.filled:
+            pack = replace(pack, pixels_PC=pack.pixels_PC[:0])
         return self.engine(pack.to(self.device), kept)
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
@@ -199,7 +201,7 @@ class Trainer:
             "epoch": batch.epoch,
             "loss": total["loss"],
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
-            "grad_norm": self.guard.grad_norm,
+            "grad_norm": None if self.guard.grad_norm is None else float(self.guard.grad_norm),
             "temperature": self.config.loss.temperature,
             "pairs": rows,
             "images": batch.images,

@@ -11,7 +11,7 @@ from muco_ds.data import draws
 from muco_ds.data.images import ImageError, ImagePipeline, Patches
 from muco_ds.data.index import Index
 from muco_ds.data.plan import draw_histories, draw_paraphrases
-from muco_ds.data.readers import Reader
+from muco_ds.data.readers import Reader, RowError
 from muco_ds.data.schema import Dialogue, PackedBatch, RowCounts, pair_ids
 from muco_ds.data.segments import SegmentBuilder
 from muco_ds.data.templates import ChatTemplate
@@ -140,7 +140,10 @@ class Collator:
 
     def _sides(self, sample: int, number: int, query_history: bool, target_history: bool) -> list[Side]:
         data = self.index.samples[sample]
-        record = self.reader.record(int(data["row"]))
+        try:
+            record = self.reader.record(int(data["row"]))
+        except RowError as error:
+            raise RowError(f"{self.index.name(sample)}: {error}") from error
         turn_k = np.arange(len(record.turns))
         sample_k = np.full(len(turn_k), sample)
         choices_k = np.array([len(turn.questions) for turn in record.turns])

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +31,7 @@ from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 
-VERSION = 3
+VERSION = 4
 CHUNK_ROWS = 256
 _VISIBLE_WITHIN_S = 60.0  # network file systems may show a new folder late
 
@@ -68,6 +70,7 @@ class Index:
     turns: np.ndarray
     question_tokens: np.ndarray
     bad_rows: int
+    identity: str  # of this build: another one of the same inputs may hold other pictures
     parts: tuple[Part, ...]
 
     def __len__(self) -> int:
@@ -237,9 +240,9 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
     publish_index(work, path, files=indexer.reader.files, rows=total, usable=usable, bad_rows=bad_rows)
 
 
-def publish_index(work: Path, path: Path, *, files: list[str], rows: int, usable: int, bad_rows: int) -> None:
-    """Make a folder of arrays an index, whole or not at all."""
-    meta = {"version": VERSION, "files": files, "rows": rows, "usable": usable, "bad_rows": bad_rows}
+def publish_index(work: Path, path: Path, **facts: Any) -> None:
+    """Make a folder of arrays an index, whole or not at all. `facts`: files, rows, usable, bad_rows, and more."""
+    meta = {"version": VERSION, "identity": uuid4().hex, **facts}
     (work / "meta.json").write_text(json.dumps(meta, indent=2))
     try:
         work.rename(path)
@@ -268,7 +271,7 @@ def load_index(path: Path) -> Index:
         np.memmap(path / f"{name}.bin", dtype, "r") if meta["usable"] else np.empty(0, dtype)
         for name, dtype in arrays.items()
     )
-    return Index(path, samples, turns, questions, meta["bad_rows"], parts=())
+    return Index(path, samples, turns, questions, meta["bad_rows"], meta["identity"], parts=())
 
 
 def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:
