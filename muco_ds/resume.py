@@ -108,9 +108,10 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], data: dict[str, Any
         if key in ADJUSTABLE and key in saved:
             log.warning("%s=%s from here on, %s until %s", key, given[key], saved[key], checkpoint)
             continue
+        before = f"trained with {saved[key]}" if key in saved else "written where there was none"
+        cure = "change it back" if key in saved else "finish it with the version that wrote it"
         raise UserError(
-            f"{key}={given.get(key)} but {checkpoint} was trained with {saved.get(key)}: "
-            "change it back, or set run.name to begin another run"
+            f"{key}={given.get(key)} but {checkpoint} was {before}: {cure}, or set run.name to begin another run"
         )
 
 

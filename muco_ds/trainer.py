@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -86,11 +86,9 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last step. False when a signal ended the run early (state saved)."""
         bar = tqdm(total=self.max_steps, initial=self.start_step, desc=self.config.run.name, disable=not env.is_main())
-        with bar, closing(Watchdog(self.folder / "stacks")) as watchdog:
-            finished = self._steps(bar, watchdog)
-        if self.metrics is not None:
-            self.metrics.close()
-        return finished
+        written = nullcontext() if self.metrics is None else closing(self.metrics)
+        with bar, closing(Watchdog(self.folder / "stacks")) as watchdog, written:
+            return self._steps(bar, watchdog)
 
     def _steps(self, bar: tqdm, watchdog: Watchdog) -> bool:
         """Step, log, validate and save to the end of the run or to a signal."""

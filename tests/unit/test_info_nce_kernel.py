@@ -115,13 +115,13 @@ def compare_blocks_with_whole() -> dict[str, float]:
     for col in blocks:
         info_nce_triton.scan_block(whole.keys(col), state)
         info_nce_triton.scan_block(whole.rows(slice(0, 0)).keys(col), none)
-    loss_R, lse_R = state.finish()
+    loss_R, softmax_2R = state.finish()
     grads = [torch.zeros_like(query_RD), torch.zeros_like(key_KD)]
     for col in blocks:
         for rows in (slice(0, 37), slice(0, 0)):
             block = whole.rows(rows).keys(col)
-            upstream_R = torch.ones_like(lse_R[rows])
-            info_nce_triton.add_block_gradients(block, lse_R[rows], upstream_R, grads[0][rows], grads[1][col])
+            upstream_R = torch.ones_like(loss_R[rows])
+            info_nce_triton.add_block_gradients(block, softmax_2R[:, rows], upstream_R, grads[0][rows], grads[1][col])
     leaves = [query_RD.double().requires_grad_(), key_KD.double().requires_grad_()]
     want = info_nce_dense(leaves[0], leaves[1], *tables, temperature=0.05)
     wanted = torch.autograd.grad(want.loss_sum, leaves)
