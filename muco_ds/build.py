@@ -90,7 +90,7 @@ def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:
         return open_rows(config, packer, config.data.sources()[0], "data.train")
     opened = [open_rows(config, packer, source, f"data.train[{i}]") for i, source in enumerate(config.data.sources())]
     readers, indices = [reader for reader, _ in opened], [index for _, index in opened]
-    env.on_main(lambda: join_indices(indices, readers, config.data.index_dir, builder=env.is_main()))
+    env.on_main(lambda: join_indices(indices, readers, config.data.index_dir, builder=True))
     with env.agreement():
         joined = join_indices(indices, readers, config.data.index_dir, builder=False)
     return JoinedReader(readers), joined

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from muco_ds.build import Data, build_data
 from muco_ds.config import RunConfig
 from muco_ds.data.assign import least_pack_tokens
-from muco_ds.data.plan import SCANNED_SAMPLES, Plan, StepPlan, draw_histories, longest_tokens
+from muco_ds.data.plan import Plan, StepPlan, draw_histories, scan_longest, vision_tokens
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.memory import GIB, Load, Memory, estimate
 from muco_ds.models.backbones import load_config
@@ -130,12 +129,11 @@ def look_at(plan: Plan, step: StepPlan) -> Planned:
 def _repeated_prefixes(plan: Plan, step: StepPlan) -> np.ndarray:
     """Key/value rows [B] of isolated turns beyond the tokens themselves: each turn attends to its prefix again."""
     data = plan.index.samples[step.samples_B]
-    ends = plan.index.samples["turn_end"]
-    turns_B = ends[step.samples_B] - np.where(step.samples_B > 0, ends[step.samples_B - 1], 0)
+    turns_B = plan.turn_counts(step.samples_B)
     histories = draw_histories(plan.seed, step.passes_B, step.samples_B, plan.query_history, plan.target_history)
     repeated_B = np.zeros(len(data), np.int64)
     for side, history_B in histories.items():
-        vision_B = data[f"{side}_image_tokens"].astype(np.int64) + 2 * data[f"{side}_images"]
+        vision_B = vision_tokens(data, side)
         _, prefix_B = plan.template.count(np.zeros_like(vision_B), turns_B, vision_B, history_B)
         repeated_B += np.where(history_B, 0, turns_B * prefix_B)
     return repeated_B
@@ -221,6 +219,5 @@ def _cures(config: RunConfig, data: Data, ranks: int, load: Load, limit: float, 
 
 def _longest(plan: Plan) -> int:
     """Tokens of the longest example in any epoch: no budget may be smaller."""
-    bounds = [*range(0, len(plan.index), SCANNED_SAMPLES), len(plan.index)]
     histories = plan.query_history, plan.target_history
-    return max(int(longest_tokens(plan.index, plan.template, *part, *histories).max()) for part in pairwise(bounds))
+    return max(int(tokens_B.max()) for _, tokens_B in scan_longest(plan.index, plan.template, *histories))

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from itertools import islice, pairwise
+from itertools import islice
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is forked; its threads would not survive
 
@@ -24,7 +24,7 @@ from muco_ds.config import RunConfig, Source, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Packer
 from muco_ds.data.index import Index, Indexer, index_path, open_index
-from muco_ds.data.plan import SCANNED_SAMPLES, longest_tokens
+from muco_ds.data.plan import scan_longest
 from muco_ds.data.readers import M3TReader
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.models.backbones import load_config
@@ -64,9 +64,7 @@ def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -
     turns_S = np.diff(index.samples["turn_end"], prepend=0)
     print(f"turns     a row: min {turns_S.min()}, mean {turns_S.mean():.1f}, max {turns_S.max()}")
     histories = config.task.query_history, config.task.target_history
-    bounds = [*range(0, len(index), SCANNED_SAMPLES), len(index)]
-    parts = [longest_tokens(index, packer.template, *part, *histories) for part in pairwise(bounds)]
-    tokens_S = np.concatenate(parts)
+    tokens_S = np.concatenate([tokens_B for _, tokens_B in scan_longest(index, packer.template, *histories)])
     print(f"tokens    a row, both sides, longest paraphrases: {spread(tokens_S)}")
     print(f"patches   a row, into the vision tower: {spread(index.samples['patches'])}")
     worst, budget = int(tokens_S.argmax()), config.batch.pack_tokens

@@ -9,6 +9,7 @@ Shape suffixes: B examples of the global batch, N turns of those examples.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,7 @@ class Plan:
         costs = self.costs(samples_B, passes_B)
         packs = assign(costs.flops_B, costs.tokens_B, self.world_size, self.pack_tokens)
         assignment = [np.concatenate(rank) for rank in packs]
-        turns_B = self._turn_counts(samples_B)
+        turns_B = self.turn_counts(samples_B)
         rank_flops = np.array([costs.flops_B[rank].sum() for rank in assignment])
         return StepPlan(
             step=step,
@@ -122,7 +123,7 @@ class Plan:
     def costs(self, samples_B: np.ndarray, passes_B: np.ndarray) -> Costs:
         """Tokens, patches and training FLOPs of examples with their pass's draw of paraphrases and histories."""
         data = self.index.samples[samples_B]
-        turns_B = self._turn_counts(samples_B)
+        turns_B = self.turn_counts(samples_B)
         owner_N = np.repeat(np.arange(len(samples_B)), turns_B)
         turn_N = np.arange(len(owner_N)) - np.repeat(np.cumsum(turns_B) - turns_B, turns_B)
         rows_N = (data["turn_end"] - turns_B)[owner_N] + turn_N
@@ -137,7 +138,7 @@ class Plan:
         tokens_B = np.zeros(len(samples_B), np.int64)
         pairs_B = np.zeros(len(samples_B))
         for side, text_N in texts.items():
-            vision_B = _vision_tokens(data, side)
+            vision_B = vision_tokens(data, side)
             text_B = np.bincount(owner_N, text_N, len(samples_B)).astype(np.int64)
             length_B, prefix_B = self.template.count(text_B, turns_B, vision_B, history[side])
             # Isolated turns: each attends to the prefix and to itself; its own newline is too small to matter here.
@@ -149,21 +150,30 @@ class Plan:
         flops_B = self.flops.training(tokens_B, pairs_B, data["patches"], data["patches_squared"])
         return Costs(tokens_B, flops_B, data["patches"])
 
-    def _turn_counts(self, samples_B: np.ndarray) -> np.ndarray:
+    def turn_counts(self, samples_B: np.ndarray) -> np.ndarray:
+        """Turns of each sample, int64 [B]."""
         ends = self.index.samples["turn_end"]
         return ends[samples_B] - np.where(samples_B > 0, ends[samples_B - 1], 0)
 
     def _check_longest(self) -> None:
         """No example may exceed a pack in any epoch's draw."""
-        for start in range(0, len(self.index), SCANNED_SAMPLES):
-            stop = min(start + SCANNED_SAMPLES, len(self.index))
-            tokens_B = longest_tokens(self.index, self.template, start, stop, self.query_history, self.target_history)
+        histories = self.query_history, self.target_history
+        for start, tokens_B in scan_longest(self.index, self.template, *histories):
             worst = int(tokens_B.argmax())
             if tokens_B[worst] > self.pack_tokens:
                 raise UserError(
                     f"{self.index.name(start + worst)} needs up to {tokens_B[worst]} tokens but batch.pack_tokens="
                     f"{self.pack_tokens}: raise batch.pack_tokens, lower data.max_pixels, or shorten the row"
                 )
+
+
+def scan_longest(
+    index: Index, template: ChatTemplate, query_history: float, target_history: float
+) -> Iterator[tuple[int, np.ndarray]]:
+    """`longest_tokens` of the whole index: (first sample, tokens) of one part after the other."""
+    for start in range(0, len(index), SCANNED_SAMPLES):
+        stop = min(start + SCANNED_SAMPLES, len(index))
+        yield start, longest_tokens(index, template, start, stop, query_history, target_history)
 
 
 def longest_tokens(
@@ -186,12 +196,12 @@ def longest_tokens(
     for side, (text_N, history) in texts.items():
         text_B = np.bincount(owner_N, text_N, len(data)).astype(np.int64)
         layouts = [np.array(causal) for causal, drawn in ((True, history > 0), (False, history < 1)) if drawn]
-        counts = [template.count(text_B, turns_B, _vision_tokens(data, side), layout)[0] for layout in layouts]
+        counts = [template.count(text_B, turns_B, vision_tokens(data, side), layout)[0] for layout in layouts]
         tokens_B += np.max(counts, axis=0)
     return tokens_B
 
 
-def _vision_tokens(data_B: np.ndarray, side: str) -> np.ndarray:
+def vision_tokens(data_B: np.ndarray, side: str) -> np.ndarray:
     """Tokens of the pictures of a side, each with its start and end."""
     return data_B[f"{side}_image_tokens"].astype(np.int64) + 2 * data_B[f"{side}_images"]
 

@@ -91,9 +91,9 @@ def grid() -> list[Setting]:
     return [Setting(*cell) for cell in product((1, 3), (0, 2, 3), (False, True), (True, False))]
 
 
-def write_rows(folder: Path) -> None:
+def write_rows(folder: Path, scenes: int = 80) -> None:
     """A tiny model and a parquet of ragged rows, a third of them without a picture."""
-    rows = write_data(folder / "data", 80, 1, seed=0)
+    rows = write_data(folder / "data", scenes, 1, seed=0)
     write_model(folder / "model", row_texts(rows), seed=0)
     for i, row in enumerate(rows):
         turns = 1 + (3 * i) % 7

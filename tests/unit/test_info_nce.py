@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from muco_ds.losses import InfoNCE, RowIds, info_nce, info_nce_dense
 from muco_ds.losses.tiles import label_ids
+
+from largest_tensor import LargestTensor
 
 Loss = Callable[..., InfoNCE]
 BOTH = pytest.mark.parametrize("loss", [info_nce, info_nce_dense])
@@ -240,23 +241,10 @@ def test_a_tie_with_a_negative_is_not_a_top1() -> None:
     assert info_nce(query_RD, key_KD, ids((0, 0, 0)), ids((0, 0, 0), (1, 1, 1))).stats["top1"] == 0
 
 
-class _LargestTensor(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 def test_no_tensor_of_rows_times_keys_is_ever_held() -> None:
     size, dim, tile_rows, tile_keys = 4096, 8, 512, 1024
     query_RD, key_KD, *tables = make_batch(size, size, dim, dtype=torch.float32)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         info_nce(query_RD, key_KD, *tables, tile_rows=tile_rows, tile_keys=tile_keys).loss_sum.backward()
     assert query_RD.grad is not None and largest.numel == tile_rows * tile_keys < size * size
 

@@ -8,8 +8,6 @@ bfloat16 wrongly, so there the kernels widen it after loading; tests/gpu has the
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from muco_ds.losses import RowIds, info_nce, info_nce_dense
+
+from interpreter import run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -152,12 +152,7 @@ SMALL_BLOCKS = {"BLOCK_R": 16, "BLOCK_K": 16, "BLOCK_D_BYTES": 64, "GROUP": 2, "
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
