@@ -144,7 +144,7 @@ def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:
         return open_rows(config, packer, config.data.sources()[0], "data.train")
     opened = [open_rows(config, packer, source, f"data.train[{i}]") for i, source in enumerate(config.data.sources())]
     readers, indices = [reader for reader, _ in opened], [index for _, index in opened]
-    env.on_main(lambda: join_indices(indices, readers, config.data.index_dir, builder=env.is_main()))
+    env.on_main(lambda: join_indices(indices, readers, config.data.index_dir, builder=True))
     with env.agreement():
         joined = join_indices(indices, readers, config.data.index_dir, builder=False)
     return JoinedReader(readers), joined
@@ -200,18 +200,11 @@ def build_engine(
     with env.agreement():
         ds_config = build_deepspeed_config(config, env.world_size(), load_universal=load_universal)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 0 and config.run.precision == "bf16":
-        raise UserError(
-            f"{config.deepspeed}: ZeRO stage 0 with run.precision=bf16 would keep no fp32 master weights: "
-            "use stage 1 or higher, or run.precision=fp32",
-            on_every_rank=True,
+    if config.model.attention in ("flash_attn", "varlen") and device.type == "cpu":
+        problem = (
+            f"model.attention={config.model.attention} needs a GPU, this machine has none: set model.attention=auto"
         )
-    if config.model.attention in ("flash_attn", "varlen") and (config.run.precision == "fp32" or device.type == "cpu"):
-        raise UserError(
-            f"model.attention={config.model.attention} needs a GPU and bf16, this run has {device.type} and "
-            f"{config.run.precision}: set model.attention=auto",
-            on_every_rank=True,
-        )
+        raise UserError(problem, on_every_rank=True)
     # transformers builds the model partitioned as long as such an object is alive.
     partitioned = HfDeepSpeedConfig(ds_config) if stage == 3 else None
     model = load_backbone(

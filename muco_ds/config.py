@@ -34,7 +34,8 @@ class RunOptions:
         dir: Folder that holds the runs.
         seed: Seed of the data order, the draws and the initial weights.
         max_steps: End after this many optimizer steps. With `epochs` too: whichever comes first.
-        epochs: End after this many passes over the training rows (a fraction is allowed).
+        epochs: End after this many passes over the training rows (a fraction is allowed). Of a mixture: after as many
+            examples as its rows together times this, whatever the weights.
         precision: Compute type; "bf16" keeps fp32 master weights and gradients, "fp32" is for CPUs and parity tests.
     """
 
@@ -316,11 +317,12 @@ def validate(config: RunConfig) -> None:
     if not config.model.pool_token:
         raise UserError(f"model.pool_token is empty: name a token, for example {DEFAULT_POOL_TOKEN}")
     if config.batch.images % config.batch.source_run:
-        raise UserError(
-            f"batch.source_run is {config.batch.source_run}, which does not divide batch.images, {config.batch.images}"
-        )
+        problem = f"batch.source_run is {config.batch.source_run}, which does not divide batch.images"
+        raise UserError(f"{problem}, {config.batch.images}: set it to a divisor")
     _check_weights(data.sources())
     check_task(config.task, config.prompts, masks=config.loss.mask_same_image or config.loss.mask_same_target)
+    if run.precision == "fp32" and config.model.attention in ("flash_attn", "varlen"):
+        raise UserError(f"model.attention={config.model.attention} needs run.precision=bf16: set model.attention=auto")
     if data.min_pixels > data.max_pixels:
         raise UserError(f"data.min_pixels is {data.min_pixels}, above data.max_pixels, {data.max_pixels}: swap them")
     if run.max_steps is not None and optim.warmup_steps > run.max_steps:

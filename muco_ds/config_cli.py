@@ -131,6 +131,8 @@ def _check_keys(argv: Sequence[str]) -> dict[str, _Source]:
                 sources[name] = _Source(item, value)
         elif key in known:
             overrides[key] = _Source(value, "the command line")
+            if value.lstrip().startswith("["):
+                _check_list(key, yaml.safe_load(value), "the command line")
         elif key not in _FLAGS:
             raise _unknown(key, "the command line", [*known, "config", "dry_run", *_FLAGS])
     return sources | overrides

@@ -68,6 +68,12 @@ def build_deepspeed_config(config: RunConfig, world_size: int, *, load_universal
         raise UserError(f"{path}: remove 'zero_optimization.compute_grad_norm': steps are checked by that norm")
     for key in _autos(tree):
         raise UserError(f"{path}: '{key}' is \"auto\", which nothing fills in: write a number or remove the key")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stage == 0 and config.run.precision == "bf16":
+        raise UserError(
+            f"{path}: ZeRO stage 0 with run.precision=bf16 would keep no fp32 master weights: "
+            "use stage 1 or higher, or run.precision=fp32"
+        )
     return tree
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -131,6 +132,9 @@ def _apart(work: Callable[..., None], *args: Any) -> None:
 
 def _convert(shards: Path, out: Path, workers: int, stage: int) -> None:
     """DeepSpeed's conversion. Its progress bars are kept, its messages are not."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        # Schedulers signal every process of a job. What it means is for the training process to decide, when it can.
+        signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.WARNING)
     set_start_method("fork", force=True)  # for its workers, which then need not import torch again
     from deepspeed.checkpoint import ds_to_universal

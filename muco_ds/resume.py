@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,19 @@ from muco_ds.data.index import Index
 from muco_ds.errors import UserError
 from muco_ds.reshard import is_sharded
 
+log = logging.getLogger(__name__)
+
 # What changes speed, memory, logging or where things lie, but not what is learned.
 MAY_CHANGE = (
     *("run.dir", "run.max_steps", "run.epochs", "model.activation_checkpointing", "model.attention"),
     *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
     *("optim.max_skipped", "loss.key_exchange", "validation", "checkpoint", "log"),
 )
+
+_LISTED_IMAGES = re.compile(r"data\.train\[\d+\]\.images")
+
+ADJUSTABLE = ("optim.lr",)
+"""Changes what is learned, and is the cure where a run diverges: it may change, and the log says so."""
 
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest allowed L2 distance between embeddings (unit vectors) before saving and after loading.
@@ -89,15 +98,21 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], data: dict[str, Any
             f"data.train holds {data['rows']} usable rows but {checkpoint} was trained on {meta['data']['rows']}, or "
             "their targets changed: restore them (and the length index), or set run.name to begin another run"
         )
-    saved = _flat(meta["config"])
-    for key, value in _flat(config).items():
-        if any(key == name or key.startswith(name + ".") for name in MAY_CHANGE):
+    saved, given = _flat(meta["config"]), _flat(config)
+    gone = [key for key in saved if key.startswith("data.train") and key not in given]
+    for key in [*given, *gone]:
+        if _LISTED_IMAGES.fullmatch(key) or any(key == name or key.startswith(name + ".") for name in MAY_CHANGE):
             continue
-        if key not in saved or saved[key] != value:
-            raise UserError(
-                f"{key}={value} but {checkpoint} was trained with {saved.get(key)}: "
-                "change it back, or set run.name to begin another run"
-            )
+        if key in saved and key in given and saved[key] == given[key]:
+            continue
+        if key in ADJUSTABLE and key in saved:
+            log.warning("%s=%s from here on, %s until %s", key, given[key], saved[key], checkpoint)
+            continue
+        before = f"trained with {saved[key]}" if key in saved else "written where there was none"
+        cure = "change it back" if key in saved else "finish it with the version that wrote it"
+        raise UserError(
+            f"{key}={given.get(key)} but {checkpoint} was {before}: {cure}, or set run.name to begin another run"
+        )
 
 
 def describe_data(index: Index) -> dict[str, Any]:
@@ -112,5 +127,11 @@ def describe_data(index: Index) -> dict[str, Any]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                flat.update(_flat(item, f"{prefix}{key}[{i}]."))
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import closing, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -86,11 +86,9 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last step. False when a signal ended the run early (state saved)."""
         bar = tqdm(total=self.max_steps, initial=self.start_step, desc=self.config.run.name, disable=not env.is_main())
-        with bar, closing(Watchdog(self.folder / "stacks")) as watchdog:
-            finished = self._steps(bar, watchdog)
-        if self.metrics is not None:
-            self.metrics.close()
-        return finished
+        written = nullcontext() if self.metrics is None else closing(self.metrics)
+        with bar, closing(Watchdog(self.folder / "stacks")) as watchdog, written:
+            return self._steps(bar, watchdog)
 
     def _steps(self, bar: tqdm, watchdog: Watchdog) -> bool:
         """Step, log, validate and save to the end of the run or to a signal."""
@@ -169,6 +167,8 @@ class Trainer:
 
     def _embed(self, pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
         """Embeddings of a pack, emb_ED. A pack is on the device while it is worked on: pixels are most of a batch."""
+        if kept is not None and kept.filled:
+            pack = replace(pack, pixels_PC=pack.pixels_PC[:0])
         return self.engine(pack.to(self.device), kept)
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
@@ -199,7 +199,7 @@ class Trainer:
             "epoch": batch.epoch,
             "loss": total["loss"],
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
-            "grad_norm": self.guard.grad_norm,
+            "grad_norm": None if self.guard.grad_norm is None else float(self.guard.grad_norm),
             "temperature": self.config.loss.temperature,
             "pairs": batch.pairs,
             "images": batch.images,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from muco_ds.data.images import ImageError, ImagePipeline, Patches
+from muco_ds.data.readers import RowError
 from muco_ds.data.schema import QUERY, Dialogue, PackedBatch, RowCounts, Side
 from muco_ds.data.segments import SegmentBuilder
 from muco_ds.data.stages.base import Stage
@@ -103,5 +104,10 @@ class Collator:
 
     def sides(self, samples_B: np.ndarray, passes_B: np.ndarray) -> list[Side]:
         """The dialogues of these samples, in packing order."""
-        drawn = zip(samples_B.tolist(), passes_B.tolist(), strict=True)
-        return [side for sample, number in drawn for side in self.stage.sides(sample, number)]
+        sides: list[Side] = []
+        for sample, number in zip(samples_B.tolist(), passes_B.tolist(), strict=True):
+            try:
+                sides += self.stage.sides(sample, number)
+            except RowError as error:
+                raise RowError(f"{self.stage.index.name(sample)}: {error}") from error
+        return sides

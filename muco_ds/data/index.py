@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 
-VERSION = 4
+VERSION = 5
 CHUNK_ROWS = 256
 _VISIBLE_WITHIN_S = 60.0  # network file systems may show a new folder late
 
@@ -89,6 +91,7 @@ class Index:
     turns: np.ndarray
     question_tokens: np.ndarray
     bad_rows: int
+    identity: str  # of this build: another one of the same inputs may hold other pictures
     parts: tuple[Part, ...]
     negatives: np.ndarray = field(default_factory=lambda: np.empty(0, NEGATIVE))
     word_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, WORD))
@@ -297,9 +300,9 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
     publish_index(work, path, files=indexer.reader.files, rows=total, usable=usable, bad_rows=bad_rows)
 
 
-def publish_index(work: Path, path: Path, *, files: list[str], rows: int, usable: int, bad_rows: int) -> None:
-    """Make a folder of arrays an index, whole or not at all."""
-    meta = {"version": VERSION, "files": files, "rows": rows, "usable": usable, "bad_rows": bad_rows}
+def publish_index(work: Path, path: Path, **facts: Any) -> None:
+    """Make a folder of arrays an index, whole or not at all. `facts`: files, rows, usable, bad_rows, and more."""
+    meta = {"version": VERSION, "identity": uuid4().hex, **facts}
     (work / "meta.json").write_text(json.dumps(meta, indent=2))
     try:
         work.rename(path)
@@ -328,7 +331,7 @@ def load_index(path: Path) -> Index:
         np.memmap(files[name], dtype, "r") if files[name].stat().st_size else np.empty(0, dtype)
         for name, dtype in TABLES.items()
     )
-    return Index(path, samples, turns, questions, meta["bad_rows"], (), negatives, words)
+    return Index(path, samples, turns, questions, meta["bad_rows"], meta["identity"], (), negatives, words)
 
 
 def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from bisect import bisect_right
@@ -47,12 +48,15 @@ def join_indices(parts: Sequence[Index], readers: Sequence[M3TReader], folder: s
     Raises:
         UserError: the folder can't be written, or what was built is not seen here.
     """
-    names = hashlib.sha256("\n".join(part.folder.name for part in parts).encode()).hexdigest()[:20]
-    path = (Path(folder) if folder else parts[0].folder.parent) / f"joined_{names}"
+    # By identity, not by folder: a part that was built anew holds other rows under the same name.
+    name = hashlib.sha256("\n".join(part.identity for part in parts).encode()).hexdigest()[:20]
+    path = (Path(folder) if folder else parts[0].folder.parent) / f"joined_{name}"
     if builder and not (path / "meta.json").exists():
         with writing_index(path):
             _write(parts, readers, path)
+            _remove_outdated(path)
     index = load_index(seen_index(path))
+    assert len(index) == sum(map(len, parts)), (index.folder, len(index))
     samples = accumulate(map(len, parts))
     first_rows = [0, *accumulate(map(len, readers))]
     named = tuple(Part(reader.key, end, row) for reader, end, row in zip(readers, samples, first_rows, strict=False))
@@ -84,7 +88,16 @@ def _write(parts: Sequence[Index], readers: Sequence[M3TReader], path: Path) -> 
         rows=first_row,
         usable=sum(map(len, parts)),
         bad_rows=sum(part.bad_rows for part in parts),
+        parts=[str(part.folder) for part in parts],
     )
+
+
+def _remove_outdated(path: Path) -> None:
+    """Remove joins of the same parts as they were before they were built anew."""
+    mine = json.loads((path / "meta.json").read_text())["parts"]
+    for other in path.parent.glob("joined_*/meta.json"):
+        if other.parent != path and json.loads(other.read_text()).get("parts") == mine:
+            shutil.rmtree(other.parent, ignore_errors=True)
 
 
 def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:

@@ -32,7 +32,7 @@ class StepDataset(Dataset[StepBatch | UserError]):
         except UserError as error:
             return error
         except RowError as error:
-            return UserError(f"data.train: {error}: a row changed after it was indexed: tools/index_data.py --rebuild")
+            return UserError(f"{error}: it changed after it was indexed: run tools/index_data.py with --rebuild")
         return StepBatch(
             step=step,
             epoch=step // self.plan.mixture.steps_per_epoch,

@@ -17,6 +17,8 @@ import numpy as np
 from muco_ds.data import draws
 from muco_ds.errors import UserError
 
+_SEEDS_APART = 0x9E3779B97F4A7C15
+
 
 class Mixture:
     """The sampling schedule.
@@ -28,7 +30,7 @@ class Mixture:
         run: consecutive examples from one data set; divides `images`. A single data set is taken in whole batches.
         seed: of the run.
     Raises:
-        UserError: a data set smaller than a run, or all of them smaller than a batch.
+        UserError: a data set smaller than a run or than its share of a batch, or all of them smaller than a batch.
     """
 
     def __init__(
@@ -45,6 +47,10 @@ class Mixture:
         self.first_sample_S = np.cumsum([0, *sizes[:-1]])
         shares_S = np.array(sizes if None in weights else weights, np.float64)
         self.shares_S = shares_S / shares_S.sum()
+        for i, (size, share) in enumerate(zip(sizes, self.shares_S.tolist(), strict=True)):
+            if share * images > size:
+                taken = f"its weight takes {share * images:.0f} for every batch"
+                raise UserError(f"data.train[{i}] has {size} usable rows but {taken}: lower its weight or batch.images")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,7 +61,7 @@ class Mixture:
         """Sample positions of a step, data sets one after the other in one numbering, and the pass of each: int64 [B].
 
         A data set goes through all its rows (but for a remainder smaller than a run) in a new order in each pass. Where
-        a pass ends within a batch, a row may come twice in it, in two passes.
+        a pass ends within a batch of a mixture, a row may come again in it, in the next pass.
         """
         per_step = self.images // self.run
         source_R, count_R = self._runs(step * per_step, (step + 1) * per_step)
@@ -66,7 +72,8 @@ class Mixture:
             for number in np.unique(pass_R[source_R == source]).tolist():
                 mine_R = (source_R == source) & (pass_R == number)
                 positions_RN = position_R[mine_R, None] * self.run + np.arange(self.run)
-                samples_N = draws.permute(positions_RN.reshape(-1), size, self.seed, number)
+                # Of its own for each: data sets of equal sizes would show their n-th rows together.
+                samples_N = draws.permute(positions_RN.reshape(-1), size, self.seed + source * _SEEDS_APART, number)
                 samples_B[mine_R] = self.first_sample_S[source] + samples_N.reshape(positions_RN.shape)
                 passes_B[mine_R] = number
         return samples_B.reshape(-1), passes_B.reshape(-1)

@@ -53,7 +53,7 @@ class Lockstep:
             for name, value, due in zip((*_SAME, *_OWN), same_and_own, expected, strict=True):
                 if value != due:
                     raise UserError(
-                        f"rank {rank} differs at step {batch.step}: {name} {value} instead of {due}: "
+                        f"rank {rank} differs at step {batch.step + 1}: {name} {value} instead of {due}: "
                         "are the code, the data, the length index and the recipe the same on all machines?",
                         on_every_rank=True,
                     )

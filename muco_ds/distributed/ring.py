@@ -125,8 +125,8 @@ class _RingInfoNCE(torch.autograd.Function):
         with torch.autocast(query_RD.device.type, enabled=False):
             for block in _blocks(mine, counts):
                 block_functions(query_RD).scan_block(block, state)
-        loss_R, lse_R = state.finish()
-        ctx.save_for_backward(query_RD, key_ND, lse_R)
+        loss_R, softmax_2R = state.finish()
+        ctx.save_for_backward(query_RD, key_ND, softmax_2R)
         ctx.mine, ctx.counts = mine, counts
         ctx.temperature = temperature if ctx.needs_input_grad[2] else None
         ctx.mark_non_differentiable(state.positive_R, state.hardest_R, state.masked)
@@ -137,15 +137,15 @@ class _RingInfoNCE(torch.autograd.Function):
     def backward(
         ctx: Any, grad_R: torch.Tensor, *_unused: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
-        query_RD, key_ND, lse_R = ctx.saved_tensors
+        query_RD, key_ND, softmax_2R = ctx.saved_tensors
         mine = replace(ctx.mine, query_RD=query_RD, key_kD=key_ND)  # these are checked for changes in place
-        grad_query_RD = torch.zeros_like(query_RD, dtype=lse_R.dtype)
+        grad_query_RD = torch.zeros_like(query_RD, dtype=softmax_2R.dtype)
         shift: _Shift | None = None
         with torch.autocast(query_RD.device.type, enabled=False):
             for block in _blocks(mine, ctx.counts):
                 grad_MD = grad_query_RD.new_zeros(max(ctx.counts), grad_query_RD.shape[1])
                 grad_kD = grad_MD[: len(block.key_kD)]
-                block_functions(query_RD).add_block_gradients(block, lse_R, grad_R, grad_query_RD, grad_kD)
+                block_functions(query_RD).add_block_gradients(block, softmax_2R, grad_R, grad_query_RD, grad_kD)
                 if shift is not None:
                     grad_MD += shift.wait()[0]
                 shift = _Shift(grad_MD)

@@ -11,7 +11,8 @@ p(i), and of row i's image or with row i's target text), the loss of a row is
 
 which is the pre-training loss of MuCo (arXiv 2602.06393: one-way, tau = 0.02, the other targets of the same image
 masked) with masks taken from ids instead of positions, as sum_i L_i: the caller divides by the global number of rows.
-With P_ij = e^{s_ij} / (e^{s_ip} + e^{lse_i}) (zero where excluded) the gradient is dL_i/ds_ij = P_ij - [j = p(i)], and
+With P_ij = e^{s_ij} / (e^{s_ip} + e^{lse_i}) (zero where excluded) the gradient is dL_i/ds_ij = P_ij - [j = p(i)] (at
+the positive computed as minus the sum of the others, which a difference of nearly equal numbers is not), and
 dL/dtau = -sum_ij dL/ds_ij s_ij / tau = -sum_i q_i . dL/dq_i / tau.
 """
 
@@ -99,8 +100,8 @@ class _BlockInfoNCE(torch.autograd.Function):
         # learned.
         with torch.autocast(query_RD.device.type, enabled=False):
             block_functions(query_RD).scan_block(block, state)
-        loss_R, lse_R = state.finish()
-        ctx.save_for_backward(query_RD, key_KD, lse_R)
+        loss_R, softmax_2R = state.finish()
+        ctx.save_for_backward(query_RD, key_KD, softmax_2R)
         ctx.block = block
         ctx.temperature = temperature if ctx.needs_input_grad[2] else None
         ctx.mark_non_differentiable(state.positive_R, state.hardest_R, state.masked)
@@ -111,16 +112,18 @@ class _BlockInfoNCE(torch.autograd.Function):
     def backward(
         ctx: Any, grad_R: torch.Tensor, *_unused: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
-        query_RD, key_KD, lse_R = ctx.saved_tensors
+        query_RD, key_KD, softmax_2R = ctx.saved_tensors
         block = replace(ctx.block, query_RD=query_RD, key_kD=key_KD)  # these are checked for changes in place
         grad_query_RD = torch.zeros_like(query_RD)
-        grad_key_KD = torch.zeros_like(key_KD, dtype=lse_R.dtype)
+        grad_key_KD = torch.zeros_like(key_KD, dtype=softmax_2R.dtype)
         grad_temperature = torch.zeros_like(block.scale)
         with torch.autocast(query_RD.device.type, enabled=False):
             for row in tiles.slices(len(query_RD), PANEL_ROWS):
                 panel = block.rows(row)
-                sum_rD = grad_query_RD[row].to(lse_R.dtype)  # the same memory unless the embeddings are bfloat16
-                block_functions(query_RD).add_block_gradients(panel, lse_R[row], grad_R[row], sum_rD, grad_key_KD)
+                sum_rD = grad_query_RD[row].to(softmax_2R.dtype)  # the same memory unless the embeddings are bfloat16
+                block_functions(query_RD).add_block_gradients(
+                    panel, softmax_2R[:, row], grad_R[row], sum_rD, grad_key_KD
+                )
                 if sum_rD.dtype != grad_query_RD.dtype:
                     grad_query_RD[row] = sum_rD
                 if ctx.temperature is not None:

@@ -174,6 +174,7 @@ def _gradient_kernel(
     key_label_ptr,
     scale_ptr,
     lse_ptr,
+    at_positive_ptr,
     upstream_ptr,
     grad_ptr,
     n_rows,
@@ -195,14 +196,13 @@ def _gradient_kernel(
     product = _products(query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D)
     lse = tl.load(lse_ptr + row)
     upstream = tl.load(upstream_ptr + row) * scale
-    probability = tl.exp(product * scale - lse[:, None])
-    grad = probability
+    grad = tl.exp(product * scale - lse[:, None])
     if SAME_IMAGE:
         grad = tl.where(_equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col), 0.0, grad)
     if SAME_TARGET:
         grad = tl.where(_equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col), 0.0, grad)
     positive = _equal(PAIR, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
-    grad = tl.where(positive, probability - 1.0, grad) * upstream[:, None]
+    grad = tl.where(positive, tl.load(at_positive_ptr + row)[:, None], grad) * upstream[:, None]
     out = row_out.to(tl.int64)[:, None] * stride_grad + col[None, :]
     inside = (row_out < n_rows)[:, None] & (col < n_keys)[None, :]
     tl.store(grad_ptr + out, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -249,7 +249,7 @@ def scan_block(block: Block, state: RowState) -> None:
 
 def add_block_gradients(
     block: Block,
-    lse_R: torch.Tensor,
+    softmax_2R: torch.Tensor,
     upstream_R: torch.Tensor,
     grad_query_RD: torch.Tensor,
     grad_key_kD: torch.Tensor,
@@ -270,7 +270,14 @@ def add_block_gradients(
             grad_rc = workspace[:height, :width]
             with torch.cuda.device_of(block.query_RD):
                 _gradient_kernel[(triton.cdiv(height, BLOCK_R) * triton.cdiv(width, BLOCK_K),)](
-                    *_inputs(tile), lse_R[row], upstream_R[row], grad_rc, height, width, stride, **_options(tile)
+                    *_inputs(tile),
+                    *softmax_2R[:, row],
+                    upstream_R[row],
+                    grad_rc,
+                    height,
+                    width,
+                    stride,
+                    **_options(tile),
                 )
             _add_product(grad_query_RD[row], grad_rc, tile.key_kD)
             _add_product(grad_key_kD[col], grad_rc.T, tile.query_RD)

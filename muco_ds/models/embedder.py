@@ -74,6 +74,11 @@ class KeptVision:
         self._room = room
         self._features_ND: torch.Tensor | None = None
 
+    @property
+    def filled(self) -> bool:
+        """Whether the tower has run, and pixels are not needed any more."""
+        return self._features_ND is not None
+
     def put(self, features_ND: torch.Tensor) -> None:
         """Keep the features, on their device while there is room for them."""
         if features_ND.nbytes > self._room.left:

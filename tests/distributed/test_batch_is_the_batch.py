@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +15,6 @@ from transformers import AutoConfig
 
 from muco_ds.config import LossOptions
 from muco_ds.data.collator import Collator
-from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.index import Indexer, open_index
 from muco_ds.data.loader import StepDataset
 from muco_ds.data.mixture import Mixture
@@ -28,10 +25,11 @@ from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import load_backbone
-from muco_ds.models.demo_model import write_model
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
 from muco_ds.tasks.muco import MuCoTask
+
+from exactness import write_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -42,16 +40,7 @@ IMAGES = 12
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and a parquet of ragged rows, a third of them without a picture."""
     folder = tmp_path_factory.mktemp("batch")
-    rows = write_data(folder / "data", 24, 1, seed=0)
-    write_model(folder / "model", row_texts(rows), seed=0)
-    for i, row in enumerate(rows):
-        turns = 1 + (3 * i) % 7
-        for column in ("qry", "pos_text", "pos_sentence", "neg_text"):
-            row[column] = row[column][:turns]
-        if i % 3 == 0:
-            row["qry_image_path"] = ""
-    schema = pq.read_schema(folder / "data" / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "data" / "train.parquet")
+    write_rows(folder, 24)
     return folder
 
 

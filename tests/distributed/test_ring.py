@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from muco_ds.distributed.gather import gather_rows, gather_table
 from muco_ds.distributed.ring import ring_info_nce
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.losses import InfoNCE, RowIds, info_nce
+
+from largest_tensor import LargestTensor
 
 # Per rank: (query rows, of which the positive is on the next rank, hard negatives).
 SPLITS = {
@@ -97,19 +98,6 @@ def test_ring_equals_the_gathered_loss(name: str) -> None:
                 assert gathered["grad_key"].abs().sum() > 0  # also from other ranks' rows where this one has none
 
 
-class _LargestTensor(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 def largest_tensors(rows: int, dim: int) -> tuple[int, int, int]:
     """Largest number of entries seen by (ring, gathered), and that of this rank's keys."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -118,7 +106,7 @@ def largest_tensors(rows: int, dim: int) -> tuple[int, int, int]:
     counts, seen = [rows] * world, []
     for form in ("ring", "gathered"):
         query_RD, key_ND = (F.normalize(torch.randn(rows, dim), dim=-1).requires_grad_() for _ in range(2))
-        with _LargestTensor() as largest:
+        with LargestTensor() as largest:
             if form == "ring":
                 ids = RowIds.from_table(ids_N3)
                 loss = ring_info_nce(query_RD, key_ND, ids, ids, counts, tile_rows=16, tile_keys=16)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import runpy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +23,20 @@ step = 0
 def poisoned_loss(
     self: MuCoTask, emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch], rows: list[RowCounts]
 ) -> TaskLoss:
-    """The loss itself stays finite, as it does when a backward overflows."""
-    result = loss(self, emb_parts, packs, rows)
-    poison = step in POISONED and env.rank() == env.world_size() - 1
-    return replace(result, loss=result.loss * float("nan")) if poison else result
+    """The loss and what other ranks see of it stay finite: a backward pass overflows on one rank."""
+    if step in POISONED and env.rank() == env.world_size() - 1:
+        emb_parts = [_Overflow.apply(emb_ED) for emb_ED in emb_parts]
+    return loss(self, emb_parts, packs, rows)
+
+
+class _Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, emb_ED: torch.Tensor) -> torch.Tensor:
+        return emb_ED.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_ED: torch.Tensor) -> torch.Tensor:
+        return grad_ED * float("nan")
 
 
 def watched_step(self: Trainer, batch: StepBatch) -> dict[str, torch.Tensor]:

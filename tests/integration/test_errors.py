@@ -135,7 +135,7 @@ def test_ranks_that_diverge_end_with_the_name_of_the_one_that_differs(
     script = Path(__file__).with_name("diverging_train.py")
     started = time.monotonic()
     line = refusal(programs.run([script, *demo.train(tmp_path)[1:]], ranks=2))
-    assert "rank 1 differs at step 2: plan" in line and "same on all machines" in line
+    assert "rank 1 differs at step 3: plan" in line and "same on all machines" in line
     assert time.monotonic() - started < 60, "the ranks waited for each other"
 
 

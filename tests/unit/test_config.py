@@ -277,3 +277,11 @@ def test_mistakes_in_a_mixture_are_named(old: str, new: str, words: str, tmp_pat
 def test_an_empty_mixture_is_refused(tmp_path: Path) -> None:
     text = MIXTURE[: MIXTURE.index("  train:")] + "  train: []\n"
     assert "data.train is an empty list" in with_recipe(tmp_path, text)
+
+
+def test_a_mixture_on_the_command_line_is_checked_too(recipe: Path) -> None:
+    argv = ["--config", str(recipe), "--data.train"]
+    config = parse_args([*argv, '[{"path": "a.parquet", "weight": 2}]']).config
+    assert config.data.sources() == [Source("a.parquet", "pictures", 2.0)]
+    assert "data.train[0] has no path" in message([*argv, '[{"weight": 2}]'])
+    assert "did you mean 'data.train[0].weight'" in message([*argv, '[{"path": "x", "wieght": 2}]'])

@@ -75,12 +75,18 @@ def test_a_file_in_the_current_directory_comes_first(tmp_path: Path, monkeypatch
 
 
 def test_absent_keys_are_filled_and_equal_numbers_kept(tmp_path: Path) -> None:
-    check_owned(build(tmp_path, "{}"), 4, "bf16")
-    check_owned(build(tmp_path, '{"train_batch_size": 4, "bf16": {"enabled": true}}'), 4, "bf16")
+    check_owned(build(tmp_path, "{}", precision="fp32"), 4, "fp32")
+    owned = '"train_batch_size": 4, "bf16": {"enabled": true}, "zero_optimization": {"stage": 2}'
+    check_owned(build(tmp_path, f"{{{owned}}}"), 4, "bf16")
+
+
+def test_bf16_without_fp32_weights_is_refused(tmp_path: Path) -> None:
+    assert "would keep no fp32 master weights" in problem(tmp_path, '{"zero_optimization": {"stage": 0}}')
 
 
 def test_lower_precision_exchange_is_the_jsons_choice(tmp_path: Path) -> None:
-    tree = build(tmp_path, '{"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}')
+    asked = '"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}'
+    tree = build(tmp_path, f'{{{asked}, "zero_optimization": {{"stage": 3}}}}')
     assert tree["communication_data_type"] == tree["data_types"]["grad_accum_dtype"] == "bf16"
 
 
@@ -125,6 +131,7 @@ def test_a_missing_file_is_named() -> None:
 TWO_STEPS = """
 import json, sys
 import deepspeed, torch
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # compiled, and locked for ever where that is killed
 deepspeed.init_distributed("gloo")
 for label, config in json.load(sys.stdin).items():
     torch.manual_seed(0)

@@ -8,8 +8,6 @@ bfloat16 wrongly, so there the kernels widen it after loading; tests/gpu has the
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from muco_ds.losses import RowIds, info_nce, info_nce_dense
+
+from interpreter import run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -115,13 +115,13 @@ def compare_blocks_with_whole() -> dict[str, float]:
     for col in blocks:
         info_nce_triton.scan_block(whole.keys(col), state)
         info_nce_triton.scan_block(whole.rows(slice(0, 0)).keys(col), none)
-    loss_R, lse_R = state.finish()
+    loss_R, softmax_2R = state.finish()
     grads = [torch.zeros_like(query_RD), torch.zeros_like(key_KD)]
     for col in blocks:
         for rows in (slice(0, 37), slice(0, 0)):
             block = whole.rows(rows).keys(col)
-            upstream_R = torch.ones_like(lse_R[rows])
-            info_nce_triton.add_block_gradients(block, lse_R[rows], upstream_R, grads[0][rows], grads[1][col])
+            upstream_R = torch.ones_like(loss_R[rows])
+            info_nce_triton.add_block_gradients(block, softmax_2R[:, rows], upstream_R, grads[0][rows], grads[1][col])
     leaves = [query_RD.double().requires_grad_(), key_KD.double().requires_grad_()]
     want = info_nce_dense(leaves[0], leaves[1], *tables, temperature=0.05)
     wanted = torch.autograd.grad(want.loss_sum, leaves)
@@ -152,12 +152,7 @@ SMALL_BLOCKS = {"BLOCK_R": 16, "BLOCK_K": 16, "BLOCK_D_BYTES": 64, "GROUP": 2, "
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

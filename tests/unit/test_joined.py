@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from muco_ds.data.index import Index, Indexer, open_index
 from muco_ds.data.joined import JoinedReader, join_indices
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
-from muco_ds.data.readers import M3TReader
+from muco_ds.data.readers import M3TReader, RowError
 from muco_ds.data.stages.base import longest_rows
 from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.errors import UserError
@@ -70,7 +71,7 @@ def test_plan_and_collator_agree_on_a_mixture(
 ) -> None:
     reader, index = joined(parts, tmp_path / "index")
     sizes = [len(part) for part in parts[1]]
-    mixture = Mixture(sizes, [1.0, 1.0], images=10, run=1, seed=0)
+    mixture = Mixture(sizes, [3.0, 1.0], images=8, run=1, seed=0)
     stage = MuCoStage(index, reader, mixed.packer.template, seed=0, query_history=0.5, target_history=0.5)
     plan = Plan(stage, mixed.flops, mixture, pack_tokens=100_000, world_size=2)
     collator = Collator(stage, mixed.packer)
@@ -94,6 +95,40 @@ def test_a_joined_index_is_reused_and_another_mixture_is_another(
     other = join_indices(indices[::-1], readers[::-1], str(tmp_path / "index"), builder=True)
     assert other.folder != index.folder
     assert other.name(0) == "data.train[1] row 0" and other.parts[1].key == "data.train[0]"
+
+
+def test_a_part_that_was_built_anew_is_joined_anew(
+    mixed: Rows, parts: tuple[list[M3TReader], list[Index]], tmp_path: Path
+) -> None:
+    """As after `index_data --rebuild`: the same files, other usable rows."""
+    _, before = joined(parts, tmp_path / "index")
+    readers, indices = parts
+    shutil.rmtree(indices[1].folder)
+    write_rows(Path(readers[1].files[0]), [row([["only"]], ["one"])])
+    reader = M3TReader(readers[1].files[0], readers[1].images, readers[1].key)
+    again = open_index(
+        Indexer(reader, mixed.packer.template, mixed.packer.images),
+        str(tmp_path / "index"),
+        builder=True,
+        progress=False,
+    )
+    again.folder.rename(indices[1].folder)  # the name is of what the inputs looked like
+    _, after = joined(
+        ([readers[0], reader], [indices[0], replace(again, folder=indices[1].folder)]), tmp_path / "index"
+    )
+    assert after.folder != before.folder and len(after) == len(before) - 1
+    assert not before.folder.exists(), "what nothing uses any more is removed"
+
+
+def test_a_row_that_breaks_later_is_named(
+    mixed: Rows, parts: tuple[list[M3TReader], list[Index]], tmp_path: Path
+) -> None:
+    reader, index = joined(parts, tmp_path / "index")
+    reader.record = lambda row: (_ for _ in ()).throw(RowError("the reason"))  # type: ignore[assignment, method-assign]
+    stage = MuCoStage(index, reader, mixed.packer.template, seed=0, query_history=0.5, target_history=0.5)
+    collator = Collator(stage, mixed.packer)
+    with pytest.raises(RowError, match=r"data\.train\[1\] row 2: the reason"):
+        collator(np.array([len(index) - 1]), np.array([0]))
 
 
 def test_a_folder_that_cannot_be_written_is_named(parts: tuple[list[M3TReader], list[Index]], tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ computes bfloat16 wrongly (tests/gpu has it).
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from interpreter import run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -59,12 +59,7 @@ def compare_with_twin(name: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

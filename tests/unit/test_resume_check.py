@@ -29,23 +29,15 @@ DATA = {"rows": 9, "digest": "0af1"}
 FREE = {
     *("run.dir", "run.max_steps", "run.epochs", "model.attention", "model.activation_checkpointing"),
     *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
-    *(
-        "validation.every",
-        "validation.rows",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.resume",
-        "log.every",
-        "optim.max_skipped",
-        "loss.key_exchange",
-    ),
+    *("validation.every", "validation.rows", "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "log.every"),
+    *("optim.lr", "optim.max_skipped", "loss.key_exchange"),
 }
 BOUND = {
     *("run.name", "run.seed", "run.precision", "model.path", "model.pool_token", "model.freeze_vision"),
     *("task.name", "task.query_history", "task.target_history", "task.negatives", "task.reconstruct"),
     *("task.compound", "prompts.after_query", "prompts.after_target"),
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
-    *("optim.lr", "optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
+    *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
     *("loss.mask_same_target", "deepspeed"),
 }
@@ -113,3 +105,26 @@ def test_a_key_that_the_saved_run_did_not_know_is_refused(saved: Path) -> None:
 def test_other_rows_under_the_same_path_are_refused(saved: Path, data: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="usable rows"):
         check_same_run(saved, CONFIG, data)
+
+
+def test_a_mixture_is_compared_entry_by_entry(saved: Path) -> None:
+    entries = [{"path": "a", "images": "x", "weight": 1.0}, {"path": "b", "images": None, "weight": 2.0}]
+    meta = json.loads((saved / "meta.json").read_text())
+    meta["config"]["data"]["train"] = entries
+    content = json.dumps(meta)
+    (saved / "meta.json").write_text(content)
+    (saved / MANIFEST).write_text(json.dumps({"files": {"meta.json": len(content)}}))
+
+    def check(*changed: dict[str, Any]) -> None:
+        config = copy.deepcopy(CONFIG)
+        config["data"]["train"] = list(changed)
+        check_same_run(saved, config, DATA)
+
+    check(*entries)
+    check({**entries[0], "images": "elsewhere"}, entries[1])
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.weight=3\.0 but .* was trained with 2\.0"):
+        check(entries[0], {**entries[1], "weight": 3.0})
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.path=None but"):
+        check(entries[0])
+    with pytest.raises(UserError, match=r"data\.train\[2\]\.path=c but"):
+        check(*entries, {"path": "c", "images": None, "weight": 1.0})
