@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-PARAPHRASE, TURN_ORDER, QUERY_HISTORY, TARGET_HISTORY, EPOCH_ORDER, MIXTURE = range(6)
+PARAPHRASE, TURN_ORDER, QUERY_HISTORY, TARGET_HISTORY, EPOCH_ORDER, MIXTURE, DROPOUT = range(7)
 """Purposes: two draws with different purposes are independent."""
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
