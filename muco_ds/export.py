@@ -89,14 +89,9 @@ def export_checkpoint(
     meta = read_meta(checkpoint)
     dtype = dtype or meta["config"]["run"]["precision"]
     config = load_config(str(checkpoint / "hf"))
-    weights = checkpoint_weights(checkpoint / TAG, meta["zero_stage"])
-    adapter = None
-    if meta["config"]["model"].get("lora", {}).get("rank"):
-        adapter = Adapter.of(checkpoint, meta, weights, base)
-        weights = adapter.merged(config)
-    elif not merge_lora:
+    weights, adapter = _stock_weights(checkpoint, meta, config, base)
+    if adapter is None and not merge_lora:
         raise UserError(f"{checkpoint}: holds a whole model, no adapter: leave out --no-merge_lora")
-    _check_complete(weights, config, checkpoint)
 
     settings = read_settings(str(checkpoint / "hf"))
     work = out.with_name(out.name + ".partial")
@@ -123,6 +118,18 @@ def export_checkpoint(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Exported(out, checkpoint, dtype, difference, tolerance, settings)
+
+
+def _stock_weights(
+    checkpoint: Path, meta: dict[str, Any], config: PretrainedConfig, base: str | None
+) -> tuple[dict[str, Weight], Adapter | None]:
+    """All weights of the stock model, and the adapter that went into them, if there is one."""
+    weights, adapter = checkpoint_weights(checkpoint / TAG, meta["zero_stage"]), None
+    if meta["config"]["model"].get("lora", {}).get("rank"):  # older checkpoints have no such section
+        adapter = Adapter.of(checkpoint, meta, weights, base)
+        weights = adapter.merged(config)
+    _check_complete(weights, config, checkpoint)
+    return weights, adapter
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -63,7 +63,10 @@ class Adapter:
         with torch.device("meta"):
             shapes = {name: p.shape for name, p in BACKBONES[config.model_type](config).named_parameters()}
         files = {canonical_name(name): (file, name) for name, file in tensor_files(self.base)}
-        return {name: Weight(shape, self._reader(name, shape, *files[canonical_name(name)])) for name, shape in shapes.items()}
+        return {
+            name: Weight(shape, self._reader(name, shape, *files[canonical_name(name)]))
+            for name, shape in shapes.items()
+        }
 
     def _reader(self, name: str, shape: torch.Size, file: str, stored: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:

@@ -117,16 +117,16 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], data: dict[str, Any
         )
 
 
-def check_base(checkpoint: Path, meta: dict[str, Any], path: str) -> None:
+def check_base(checkpoint: Path, path: str) -> None:
     """Is `path` the backbone whose adapter the checkpoint holds?
 
     Raises:
         UserError: no.
     """
-    if base_digest(path) != meta["base"]:
+    if base_digest(path) != read_meta(checkpoint)["base"]:
         raise UserError(
-            f"{path}: is another model than the one whose adapter {checkpoint} holds: restore that one, which was "
-            f"{meta['config']['model']['path']}"
+            f"{path}: is another model than the one whose adapter {checkpoint} holds: restore that one, or set run.name "
+            "to begin another run"
         )
 
 

@@ -5,7 +5,7 @@
 
 CHECKPOINT is runs/NAME/checkpoints/step_..., or runs/NAME for its newest complete one. OUT loads with
 transformers.AutoModel and AutoProcessor, SentenceTransformer and muco_ds.Embedder; it is there only after it was loaded
-again and gave the embeddings of the trained model. An adapter (model.lora) is added to the weights of its backbone; with
+again and gave the embeddings of the trained model. An adapter (model.lora) is added to its backbone's weights; with
 --no-merge_lora OUT is the adapter alone, for peft.PeftModel.from_pretrained(BACKBONE, OUT).
 """
 

@@ -40,11 +40,14 @@ class TrainedRows(nn.Module):
         rows: which ones; `trained_rows` [R, D] begins as a copy of them.
     """
 
-    def __init__(self, base_layer: nn.Embedding, rows: list[int]) -> None:
+    ids_R: torch.Tensor
+
+    def __init__(self, base_layer: nn.Module, rows: list[int]) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.register_buffer("ids_R", torch.tensor(rows), persistent=False)
         table = base_layer.weight
+        assert isinstance(table, nn.Parameter)
         with gathered(table):
             self.trained_rows = nn.Parameter(table.detach()[rows].clone())
 
