@@ -173,15 +173,20 @@ def build_engine(
 
 def _build_model(config: RunConfig, processing: Processing, partition: dict[str, Any] | None) -> PreTrainedModel:
     """The backbone, with its adapter if there is one. `partition`: the DeepSpeed configuration of ZeRO-3."""
+    lora, tokens = config.model.lora, len(processing.tokenizer)
+    if lora.rank and not lora.train_new_rows and tokens > load_config(config.model.path).text_config.vocab_size:
+        raise UserError(
+            f"model.lora.train_new_rows is false but '{config.model.path}' has no rows for new tokens: set it to true",
+            on_every_rank=True,
+        )
     # transformers builds the model partitioned, and peft gathers what it needs, as long as such an object is alive.
     partitioned = None if partition is None else HfDeepSpeedConfig(partition)
     model = load_backbone(
         config.model.path,
         dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32,
         attention=config.model.attention,
-        vocabulary=len(processing.tokenizer),
+        vocabulary=tokens,
     )
-    lora = config.model.lora
     if lora.rank:
         rows = new_rows(processing.tokenizer, config.model.pool_token) if lora.train_new_rows else []
         add_adapter(model, lora, rows, config.run.seed)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from muco_ds.config_lora import LoraOptions
 from muco_ds.errors import UserError
-from muco_ds.models.backbones import BACKBONES, canonical_name, load_tokenizer, new_rows, tensor_files
+from muco_ds.models.backbones import BACKBONES, canonical_name, load_config, load_tokenizer, new_rows, tensor_files
 from muco_ds.models.lora import ADAPTER, TABLE, base_digest, peft_config
 
 ROWS = f"{TABLE}.trained_rows"
@@ -98,6 +98,11 @@ class Adapter:
 
     def write(self, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
         """adapter_config.json and adapter_model.safetensors, for `peft.PeftModel.from_pretrained(base, folder)`."""
+        rows = load_config(self.base).text_config.vocab_size
+        if max(self.rows, default=0) >= rows:
+            raise UserError(
+                f"{self.base}: has {rows} rows, none for the new tokens, and peft adds none: leave out --no-merge_lora"
+            )
         with torch.device("meta"):
             description = peft_config(BACKBONES[config.model_type](config), self.options)
         description.base_model_name_or_path = self.base

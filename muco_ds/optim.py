@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Adam
 def learning_rate(step: int, max_steps: int, options: OptimOptions) -> float:
     """Learning rate of a step (counted from 0): linear warm-up, then constant or cosine to 0.
 
-    A group's "lr_ratio" is to be multiplied by it. A pure function of the step, so nothing of it needs to be saved or restored.
+    A group's own is "lr_ratio" times that. A pure function of the step: nothing of it needs to be saved or restored.
     """
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps

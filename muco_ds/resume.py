@@ -117,16 +117,18 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], data: dict[str, Any
         )
 
 
-def check_base(checkpoint: Path, path: str) -> None:
+def check_base(checkpoint: Path, path: str, digest: str | None) -> None:
     """Is `path` the backbone whose adapter the checkpoint holds?
 
+    Args:
+        digest: what `describe_base` says of it.
     Raises:
         UserError: no.
     """
-    if base_digest(path) != read_meta(checkpoint)["base"]:
+    if digest != read_meta(checkpoint)["base"]:
         raise UserError(
-            f"{path}: is another model than the one whose adapter {checkpoint} holds: restore that one, or set run.name "
-            "to begin another run"
+            f"{path}: is another model than the one whose adapter {checkpoint} holds: restore that one, or set "
+            "run.name to begin another run"
         )
 
 

@@ -61,7 +61,7 @@ class Trainer:
         self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
         self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
         # Beside an adapter the weights stay those of model.path.
-        frozen = config.model.lora.rank == 0
+        frozen, self.base = config.model.lora.rank == 0, describe_base(config.model)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, frozen=frozen)
         start = self._find_start()
         universal = start is not None and start.universal
@@ -264,7 +264,7 @@ class Trainer:
             "config": asdict(self.config),
             "world_size": env.world_size(),
             "data": describe_data(self.data.plan.index),
-            "base": describe_base(self.config.model),
+            "base": self.base,
             "zero_stage": self.engine.zero_optimization_stage(),
             "nonfinite": self.guard.counts(),
             "versions": {name: version(name) for name in VERSIONED},
@@ -284,7 +284,7 @@ class Trainer:
                 raise UserError(f"rank {env.rank()} does not see {newest}: run.dir must be shared by all machines")
             check_same_run(newest, asdict(self.config), describe_data(self.data.plan.index))
             if not self.checkpoints.frozen:
-                check_base(newest, self.config.model.path)
+                check_base(newest, self.config.model.path, self.base)
             start = Start.of(newest, env.world_size())
         if start.universal:
             env.on_main(partial(universal_form, newest))

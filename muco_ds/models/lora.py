@@ -1,7 +1,7 @@
 """LoRA and DoRA by peft's own layers inside the stock model, and trained rows of a table that is not.
 
-peft wraps each linear layer: its weight is called `...q_proj.base_layer.weight`, beside `...q_proj.lora_A.default.weight`
-and others. muco_ds/export_adapter.py leads the names back to the stock model's.
+peft wraps each linear layer: its weight is called `...q_proj.base_layer.weight`, and beside it there are
+`...q_proj.lora_A.default.weight` and others. muco_ds/export_adapter.py leads the names back to the stock model's.
 
 Shape suffixes: T rows of the pack, R trained rows, D hidden size.
 """
@@ -107,11 +107,12 @@ def adapter_sizes(layer: nn.Linear, options: LoraOptions) -> list[int]:
 def base_digest(path: str) -> str:
     """What tells a backbone's weights from another's: names, shapes, and the first row of each."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, file in sorted(tensor_files(path)):
+    for file in sorted({file for _, file in tensor_files(path)}):
         with safe_open(file, framework="pt") as tensors:
-            part = tensors.get_slice(name)
-            digest.update(f"{name}{part.get_shape()}".encode())
-            digest.update(part[:1].float().numpy().tobytes())
+            for name in sorted(tensors.keys()):
+                part = tensors.get_slice(name)
+                digest.update(f"{name}{part.get_shape()}".encode())
+                digest.update(part[:1].float().numpy().tobytes())
     return digest.hexdigest()
 
 

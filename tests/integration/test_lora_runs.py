@@ -104,6 +104,7 @@ def test_several_packs_train_as_one(
     assert_close(tmp_path, plain)
     norms = [[line["grad_norm"] for line in metrics(out)] for out in (tmp_path, zero3[0])]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert export_checkpoint(tmp_path / "run", tmp_path / "model", progress=False).difference < 1e-5
 
 
 def test_dropout_is_drawn_and_a_resumed_run_draws_it_again(
