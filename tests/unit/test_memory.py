@@ -185,7 +185,7 @@ def test_activations_beside_an_adapter(lora: LoraOptions, checkpointing: bool) -
     assert sorted(found) == sorted(expected)
     if checkpointing:
         getattr(made.model, "activation_checkpointing_enable", made.model.gradient_checkpointing_enable)()
-    options = {"width": 2, "freeze_vision": frozen, "checkpointing": checkpointing, "lora": lora}
+    options: dict[str, Any] = {"width": 2, "freeze_vision": frozen, "checkpointing": checkpointing, "lora": lora}
     estimated = activation_bytes(config, load_of(batch), fused_attention=False, **options)
     assert estimated == pytest.approx(peak_bytes(made, batch), rel=0.2)
 
