@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from muco_ds.config import RunConfig, Source
@@ -29,9 +30,10 @@ from muco_ds.distributed.gradient_cache import prepare
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.errors import UserError
 from muco_ds.flops import FlopsModel
-from muco_ds.models.backbones import load_backbone, load_config
+from muco_ds.models.backbones import load_backbone, load_config, new_rows
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
+from muco_ds.models.lora import add_adapter
 from muco_ds.optim import build_optimizer
 from muco_ds.tasks.finetune import FineTuneTask
 from muco_ds.tasks.muco import MuCoTask
@@ -82,7 +84,7 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
         )
         plan = Plan(
             stage,
-            FlopsModel.from_config(backbone, train_vision=not config.model.freeze_vision),
+            FlopsModel.from_config(backbone, train_vision=not config.model.freeze_vision, lora=config.model.lora),
             mixture,
             pack_tokens=config.batch.pack_tokens,
             world_size=world_size or env.world_size(),
@@ -205,15 +207,7 @@ def build_engine(
             f"model.attention={config.model.attention} needs a GPU, this machine has none: set model.attention=auto"
         )
         raise UserError(problem, on_every_rank=True)
-    # transformers builds the model partitioned as long as such an object is alive.
-    partitioned = HfDeepSpeedConfig(ds_config) if stage == 3 else None
-    model = load_backbone(
-        config.model.path,
-        dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32,
-        attention=config.model.attention,
-        vocabulary=len(processing.tokenizer),
-    )
-    del partitioned
+    model = _build_model(config, processing, ds_config if stage == 3 else None)
     if config.model.activation_checkpointing:
         # The name before transformers 5.23, which Python 3.10 is left with, is gradient_checkpointing_enable.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -228,3 +222,26 @@ def build_engine(
     prepare(engine)
     engine.train()
     return engine, task
+
+
+def _build_model(config: RunConfig, processing: Processing, partition: dict[str, Any] | None) -> PreTrainedModel:
+    """The backbone, with its adapter if there is one. `partition`: the DeepSpeed configuration of ZeRO-3."""
+    lora, tokens = config.model.lora, len(processing.tokenizer)
+    if lora.rank and not lora.train_new_rows and tokens > load_config(config.model.path).text_config.vocab_size:
+        raise UserError(
+            f"model.lora.train_new_rows is false but '{config.model.path}' has no rows for new tokens: set it to true",
+            on_every_rank=True,
+        )
+    # transformers builds the model partitioned, and peft gathers what it needs, as long as such an object is alive.
+    partitioned = None if partition is None else HfDeepSpeedConfig(partition)
+    model = load_backbone(
+        config.model.path,
+        dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32,
+        attention=config.model.attention,
+        vocabulary=tokens,
+    )
+    if lora.rank:
+        rows = new_rows(processing.tokenizer) if lora.train_new_rows else []
+        add_adapter(model, lora, rows, config.run.seed)
+    del partitioned
+    return model

@@ -37,10 +37,11 @@ class Checkpoints:
     Args:
         folder: `runs/NAME/checkpoints`.
         keep: how many of the newest stay.
+        frozen: save the weights that are not trained, too.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, *, frozen: bool = True) -> None:
+        self.folder, self.keep, self.frozen = folder, keep, frozen
 
     def save(self, engine: Any, step: int, meta: dict, write_beside: Callable[[Path], None]) -> Path:
         """Save the engine's state. `write_beside(path)` adds the small files; rank 0 calls it.
@@ -57,7 +58,7 @@ class Checkpoints:
                     shutil.rmtree(stale, ignore_errors=True)
                 work.mkdir()
         try:
-            engine.save_checkpoint(str(work), tag=TAG, save_latest=False)
+            engine.save_checkpoint(str(work), tag=TAG, save_latest=False, exclude_frozen_parameters=not self.frozen)
         except (OSError, RuntimeError) as error:
             # The others are inside DeepSpeed's collectives, which this rank can't join any more: it leaves, and the
             # launcher ends the rest.
@@ -101,13 +102,15 @@ class Checkpoints:
         return found
 
 
-def load_files(engine: Any, folder: Path) -> None:
+def load_files(engine: Any, folder: Path, *, frozen: bool = True) -> None:
     """Load the weights and optimizer that DeepSpeed wrote below `folder`. Collective.
 
+    Args:
+        frozen: the weights that are not trained were saved, too.
     Raises:
         UserError: there are none.
     """
-    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=frozen)
     if loaded is None:  # DeepSpeed only warns, and the run would start from the first weights again
         raise UserError(f"{folder}: DeepSpeed can't load it: remove it to resume from an older one")
 

@@ -13,11 +13,13 @@ import glob
 import math
 import os
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
+from muco_ds.config_lora import LoraOptions, check_adapter
 from muco_ds.config_task import PromptOptions, TaskOptions, check_task
 from muco_ds.errors import UserError
 
@@ -64,6 +66,7 @@ class ModelOptions:
         freeze_vision: Keep the vision tower's weights fixed (paper: yes).
         attention: Backend of the packed attention; "auto" takes the fastest that is installed.
         activation_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
+        lora: Train an adapter in place of the weights.
     """
 
     path: str
@@ -71,6 +74,7 @@ class ModelOptions:
     freeze_vision: bool = True
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
     activation_checkpointing: bool = True
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 @dataclass
@@ -141,6 +145,7 @@ class OptimOptions:
 
     Args:
         lr: Peak learning rate (paper: 5e-5).
+        vision_lr: That of a trained vision tower, on the same schedule; null: `lr`.
         warmup_steps: Steps of linear warm-up from 0 to `lr`.
         schedule: After the warm-up: "constant" (paper) or "cosine" down to 0 at the last step.
         weight_decay: Decoupled decay of matrices; never applied to norms and biases (CoMa paper: 0).
@@ -152,6 +157,7 @@ class OptimOptions:
     """
 
     lr: float = 5e-5
+    vision_lr: float | None = None
     warmup_steps: int = 100
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = 0.0
@@ -264,6 +270,9 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "run.seed": (0, True, 2**32 - 1),  # numpy's largest seed
     "run.max_steps": (1, True, math.inf),
     "run.epochs": (0, False, math.inf),
+    "model.lora.rank": (0, True, math.inf),
+    "model.lora.alpha": (1, True, math.inf),
+    "model.lora.dropout": (0, True, 1 - 1e-9),
     "task.query_history": (0, True, 1),
     "task.target_history": (0, True, 1),
     "task.negatives": (0, True, math.inf),
@@ -275,6 +284,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "batch.pack_tokens": (1, True, math.inf),
     "batch.source_run": (1, True, math.inf),
     "optim.lr": (0, False, math.inf),
+    "optim.vision_lr": (0, False, math.inf),
     "optim.warmup_steps": (0, True, math.inf),
     "optim.weight_decay": (0, True, math.inf),
     "optim.beta1": (0, True, 1 - 1e-9),
@@ -305,8 +315,7 @@ def _check_range(key: str, value: float) -> None:
 def validate(config: RunConfig) -> None:
     """Check what needs no file. Raises UserError naming the key(s), their values and the cure."""
     for key in _RANGES:
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
+        value = attrgetter(key)(config)
         if value is not None:
             _check_range(key, value)
     run, data, optim = config.run, config.data, config.optim
@@ -316,6 +325,7 @@ def validate(config: RunConfig) -> None:
         raise UserError("run.max_steps and run.epochs are both null: set one of them, or the run has no end")
     if not config.model.pool_token:
         raise UserError(f"model.pool_token is empty: name a token, for example {DEFAULT_POOL_TOKEN}")
+    check_adapter(config.model.lora, config.model.freeze_vision, optim.vision_lr)
     if config.batch.images % config.batch.source_run:
         problem = f"batch.source_run is {config.batch.source_run}, which does not divide batch.images"
         raise UserError(f"{problem}, {config.batch.images}: set it to a divisor")

@@ -168,21 +168,24 @@ def _recipe_items(path: str, known: dict[str, str]) -> Iterator[tuple[str, Any]]
         raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections (run:, model:, data: ...), not {_type_name(tree)}")
-    sections = {key.partition(".")[0] for key in known if "." in key}
-    for section, items in tree.items():
-        if section not in sections:
-            if section not in known:
-                raise _unknown(str(section), path, [*known, *sections])
-            yield section, items
-        elif not isinstance(items, dict):
-            raise UserError(f"{path}: section '{section}' must be a mapping of keys, not {_type_name(items)}")
+    yield from _section_items(tree, known, path)
+
+
+def _section_items(tree: dict, known: dict[str, str], path: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`_recipe_items` of one section, or of the whole file, and of the sections in it."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        inside = [other for other in known if other.startswith(f"{key}.")]
+        if inside and not isinstance(value, dict):
+            raise UserError(f"{path}: section '{key}' must be a mapping of keys, not {_type_name(value)}")
+        if inside:
+            yield from _section_items(value, known, path, f"{key}.")
+        elif key in known:
+            _check_list(key, value, path)
+            yield key, value
         else:
-            for name, value in items.items():
-                key = f"{section}.{name}"
-                if key not in known:
-                    raise _unknown(key, path, list(known))
-                _check_list(key, value, path)
-                yield key, value
+            sections = {other.partition(".")[0] for other in known if "." in other}
+            raise _unknown(key, path, list(known) if prefix else [*known, *sections])
 
 
 def _check_list(key: str, value: Any, path: str) -> None:

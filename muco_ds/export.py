@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from transformers import PretrainedConfig
 
 from muco_ds.checkpoint import MANIFEST, TAG, Checkpoints, read_meta
 from muco_ds.errors import UserError
+from muco_ds.export_adapter import Adapter, Weight
 from muco_ds.export_st import read_json, write_json, write_processing, write_sentence_transformers
-from muco_ds.models.backbones import BACKBONES, load_config
+from muco_ds.models.backbones import BACKBONES, load_backbone, load_config
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues
-from muco_ds.models.folder import SETTINGS_FILE, Settings, read_settings
+from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_settings
 from muco_ds.models.probe import probe_dialogues
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,20 +58,14 @@ class Exported:
     settings: Settings
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A tensor of the checkpoint that is put together when read."""
-
-    shape: torch.Size
-    read: Callable[[], torch.Tensor]
-
-
 def export_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
     dtype: str | None = None,
     overwrite: bool = False,
+    merge_lora: bool = True,
+    base: str | None = None,
     max_shard: str = MAX_SHARD,
     progress: bool = True,
 ) -> Exported:
@@ -82,17 +77,21 @@ def export_checkpoint(
         checkpoint: a `checkpoints/step_...` folder, or the folder of a run, of which the newest complete one is taken.
         out: new or empty; an earlier export with `overwrite`.
         dtype: "bf16" or "fp32"; default the run's precision. The fp32 master weights are rounded once.
+        merge_lora: an adapter is added to its backbone's weights; else `out` is the adapter alone, for peft.
+        base: the backbone of an adapter, if it is not any more where it was in training.
         max_shard: largest safetensors file, such as "4GB".
     Raises:
-        UserError: no complete checkpoint, a weight that is missing, embeddings that differ, `out` in use.
+        UserError: no complete checkpoint, a weight that is missing, embeddings that differ, `out` in use; an adapter of
+            another model, or none to write alone.
     """
     checkpoint = find_checkpoint(checkpoint)
     _check_free(out, overwrite)
     meta = read_meta(checkpoint)
     dtype = dtype or meta["config"]["run"]["precision"]
     config = load_config(str(checkpoint / "hf"))
-    weights = checkpoint_weights(checkpoint / TAG, meta["zero_stage"])
-    _check_complete(weights, config, checkpoint)
+    weights, adapter = _stock_weights(checkpoint, meta, config, base)
+    if adapter is None and not merge_lora:
+        raise UserError(f"{checkpoint}: holds a whole model, no adapter: leave out --no-merge_lora")
 
     settings = read_settings(str(checkpoint / "hf"))
     work = out.with_name(out.name + ".partial")
@@ -100,11 +99,17 @@ def export_checkpoint(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(checkpoint / "hf", work)
-        _write_config(work, config, DTYPES[dtype])
-        write_processing(work, settings, config.model_type)
-        write_sentence_transformers(work, config.text_config.hidden_size)
-        write_weights(work, weights, DTYPES[dtype], max_shard, progress)
-        difference, tolerance = _verify(work, checkpoint, meta, dtype)
+        if adapter is not None and not merge_lora:
+            (work / "config.json").unlink()  # it is no model by itself
+            adapter.write(work, config, DTYPES[dtype])
+            embedder = _adapted(adapter.base, work, settings, DTYPES[dtype])
+        else:
+            _write_config(work, config, DTYPES[dtype])
+            write_processing(work, settings, config.model_type)
+            write_sentence_transformers(work, config.text_config.hidden_size)
+            write_weights(work, weights, DTYPES[dtype], max_shard, progress)
+            embedder = Embedder.from_pretrained(str(work), dtype=DTYPES[dtype])
+        difference, tolerance = _verify(embedder, checkpoint, meta, dtype)
         if overwrite:
             shutil.rmtree(out, ignore_errors=True)
         work.rename(out)
@@ -113,6 +118,18 @@ def export_checkpoint(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Exported(out, checkpoint, dtype, difference, tolerance, settings)
+
+
+def _stock_weights(
+    checkpoint: Path, meta: dict[str, Any], config: PretrainedConfig, base: str | None
+) -> tuple[dict[str, Weight], Adapter | None]:
+    """All weights of the stock model, and the adapter that went into them, if there is one."""
+    weights, adapter = checkpoint_weights(checkpoint / TAG, meta["zero_stage"]), None
+    if meta["config"]["model"].get("lora", {}).get("rank"):  # older checkpoints have no such section
+        adapter = Adapter.of(checkpoint, meta, weights, base)
+        weights = adapter.merged(config)
+    _check_complete(weights, config, checkpoint)
+    return weights, adapter
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -161,12 +178,13 @@ def _zero3_weights(models: list[dict], optimizers: list[dict]) -> dict[str, Weig
     ranks = len(optimizers)
     flats = [state["fp32_flat_groups"] for state in optimizers]
     weights, offset = {}, 0
+    frozen = models[0]["frozen_param_shapes"] or {}  # None where they were not saved
     for shapes in models[0]["param_shapes"]:
         for name, shape in shapes.items():
             part = math.ceil(shape.numel() / ranks)
             weights[name] = _joined(shape, [(flat, offset, part) for flat in flats])
             offset += part
-    for name, shape in models[0]["frozen_param_shapes"].items():
+    for name, shape in frozen.items():
         fragments = [model["frozen_param_fragments"][name] for model in models]
         weights[name] = _joined(shape, [([fragment], 0, fragment.numel()) for fragment in fragments])
     return weights
@@ -249,9 +267,21 @@ def _write_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
     write_json(folder / "config.json", raw)
 
 
-def _verify(folder: Path, checkpoint: Path, meta: dict, dtype: str) -> tuple[float, float]:
-    """Load what was written and compare embeddings with the checkpoint's: (largest L2 distance, limit)."""
-    embedder = Embedder.from_pretrained(str(folder), dtype=DTYPES[dtype])
+def _adapted(base: str, folder: Path, settings: Settings, dtype: torch.dtype) -> Embedder:
+    """The backbone with the adapter in a folder, by peft's means."""
+    from peft import PeftModel  # seconds
+
+    processing = Processing.load(str(folder), settings)
+    vocabulary = len(processing.tokenizer)
+    model = load_backbone(base, dtype=dtype, attention="auto", vocabulary=vocabulary)
+    model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    embedder = Embedder(model, freeze_vision=True).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    embedder.packer = processing.packer()
+    return embedder
+
+
+def _verify(embedder: Embedder, checkpoint: Path, meta: dict, dtype: str) -> tuple[float, float]:
+    """Compare embeddings of what was written and loaded with the checkpoint's: (largest L2 distance, limit)."""
     assert embedder.packer is not None
     probe_ND = encode_dialogues(
         embedder,
@@ -279,7 +309,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: is a file: give a folder to write")
     if not any(out.iterdir()):
         return
-    if not ((out / SETTINGS_FILE).is_file() and (out / "modules.json").is_file()):
+    exported = any((out / name).is_file() for name in ("modules.json", "adapter_config.json"))
+    if not ((out / SETTINGS_FILE).is_file() and exported):
         raise UserError(f"{out}: holds files that are no exported model: choose another folder")
     if not overwrite:
         raise UserError(f"{out}: holds an exported model: add --overwrite or choose another folder")

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from muco_ds.config_lora import LoraOptions
 from muco_ds.models.backbones import BACKBONES
 from muco_ds.models.embedder import KEPT_ON_DEVICE
+from muco_ds.models.lora import adapted_layers, adapter_sizes
 
 GIB = 2**30
+NO_ADAPTER = LoraOptions()
 _BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 _CONTEXT = int(1.5 * GIB)  # CUDA context and kernels, cuBLAS and NCCL workspaces: usual sizes, not measured here
 _FRAGMENTATION = 0.06  # of everything else: blocks that the allocator holds and cannot use, rounding
@@ -82,6 +85,7 @@ def estimate(
     freeze_vision: bool,
     activation_checkpointing: bool,
     fused_attention: bool = True,
+    lora: LoraOptions = NO_ADAPTER,
 ) -> Memory:
     """Memory of the rank that has most to do.
 
@@ -92,7 +96,7 @@ def estimate(
         precision: "fp32" or "bf16".
         fused_attention: flash-attn or torch's varlen_attn in the text tower; else grouped SDPA.
     """
-    weights = parameters(backbone, vocabulary, freeze_vision)
+    weights = parameters(backbone, vocabulary, freeze_vision, lora)
     width = _BYTES[precision]
     device, host = _states(weights, ds_config, width, world_size, several_packs=load.packs > 1)
     hidden = backbone.text_config.hidden_size
@@ -103,6 +107,7 @@ def estimate(
         freeze_vision=freeze_vision,
         checkpointing=activation_checkpointing,
         fused_attention=fused_attention,
+        lora=lora,
     )
     parts = {
         **device,
@@ -118,7 +123,9 @@ def estimate(
     return Memory(**parts, allowance=_CONTEXT + int(_FRAGMENTATION * known.total), host=host)
 
 
-def parameters(backbone: PretrainedConfig, vocabulary: int, freeze_vision: bool) -> list[Weight]:
+def parameters(
+    backbone: PretrainedConfig, vocabulary: int, freeze_vision: bool, lora: LoraOptions = NO_ADAPTER
+) -> list[Weight]:
     """Every parameter, counted on the meta device, where tensors have no content."""
     with torch.device("meta"):
         model = BACKBONES[backbone.model_type](backbone)
@@ -128,7 +135,12 @@ def parameters(backbone: PretrainedConfig, vocabulary: int, freeze_vision: bool)
         numel = parameter.numel()
         if name.endswith("embed_tokens.weight"):  # the table grows where the tokenizer has more ids
             numel = rows * parameter.shape[1]
-        weights.append(Weight(numel, trained=not (freeze_vision and name.startswith("visual."))))
+        frozen = lora.rank > 0 or (freeze_vision and name.startswith("visual."))
+        weights.append(Weight(numel, trained=not frozen))
+    if lora.rank:
+        sizes = [size for _, layer in adapted_layers(model, lora) for size in adapter_sizes(layer, lora)]
+        rows = [2 * backbone.text_config.hidden_size] if lora.train_new_rows else []
+        weights += [Weight(size, trained=True) for size in sizes + rows]
     return weights
 
 
@@ -249,6 +261,7 @@ def activation_bytes(
     freeze_vision: bool,
     checkpointing: bool,
     fused_attention: bool,
+    lora: LoraOptions = NO_ADAPTER,
 ) -> int:
     """Most that is held at once for the backward pass of the largest pack, with the buffers of the layer at work.
 
@@ -258,11 +271,15 @@ def activation_bytes(
     """
     text, vision = backbone.text_config, backbone.vision_config
     text_layer = text_layer_bytes(text, load.tokens, load.attended, width, fused_attention)
+    text_layer += adapter_bytes(_text_linears(text), load.tokens, width, lora)
     text_working = 3 * width * text.intermediate_size * load.tokens  # gradients of the three inner MLP tensors
+    if lora.dora:  # to find the rows' lengths: the update, scaled, and added to the weight
+        text_working += 3 * width * max(inputs * outputs for inputs, outputs in _text_linears(text))
     rotary = 2 * width * load.tokens * (text.hidden_size // text.num_attention_heads)
     layer_inputs = width * text.hidden_size * load.tokens
     features = width * text.hidden_size * load.patches // vision.spatial_merge_size**2
     block = vision_block_bytes(vision, load.patches, width, fused_attention)
+    block += adapter_bytes(_vision_linears(vision), load.patches, width, lora)
     mlp = 3 * width * load.patches * _vision_sizes(vision)[1]
     block_inputs = width * _vision_sizes(vision)[0] * load.patches
     merger = 4 * block_inputs
@@ -276,6 +293,30 @@ def activation_bytes(
     layers = text.num_hidden_layers
     text_kept = layers * layer_inputs + text_layer if checkpointing else layers * text_layer
     return max(rotary + text_kept + text_working + vision_kept, vision_peak)
+
+
+def adapter_bytes(linears: list[tuple[int, int]], rows: int, width: int, lora: LoraOptions) -> int:
+    """Kept beside a layer for the adapters of its linear layers (inputs, outputs).
+
+    What the first of the two small matrices gives; with dropout its input once more, and what was left out, in a byte;
+    with DoRA both outputs, of the weight and of the update, for the gradient of the lengths.
+    """
+    if not lora.rank:
+        return 0
+    dropout, outputs = (width + 1 if lora.dropout else 0), (2 * width if lora.dora else 0)
+    return rows * sum(width * lora.rank + dropout * inputs + outputs * output for inputs, output in linears)
+
+
+def _text_linears(text: PretrainedConfig) -> list[tuple[int, int]]:
+    hidden, inner = text.hidden_size, text.intermediate_size
+    key_values = hidden // text.num_attention_heads * text.num_key_value_heads
+    return [*[(hidden, hidden)] * 2, *[(hidden, key_values)] * 2, *[(hidden, inner)] * 2, (inner, hidden)]
+
+
+def _vision_linears(vision: PretrainedConfig) -> list[tuple[int, int]]:
+    size, inner = _vision_sizes(vision)
+    gated = getattr(vision, "fullatt_block_indexes", None) is not None
+    return [(size, 3 * size), (size, size), *[(size, inner)] * (2 if gated else 1), (inner, size)]
 
 
 def text_layer_bytes(text: PretrainedConfig, tokens: int, attended: int, width: int, fused: bool) -> int:

@@ -9,22 +9,30 @@ from torch import nn
 
 from muco_ds.config import OptimOptions
 
+VISION = ".visual."
+
 
 def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; norms and biases (everything of one dimension) are not decayed.
 
+    With `vision_lr` the vision tower has groups of its own. A group's "lr_ratio" is its learning rate by `options.lr`.
     Fused: one kernel for all parameters on CUDA, vectorised on a CPU, nothing to compile.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Under ZeRO-3 a partition is flat; the whole parameter's shape is kept beside it.
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    vision_ratio = 1.0 if options.vision_lr is None else options.vision_lr / options.lr
+    for ratio in dict.fromkeys((1.0, vision_ratio)):
+        groups |= {(ratio, True): [], (ratio, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a partition is flat; the whole parameter's shape is kept beside it.
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            groups[vision_ratio if VISION in f".{name}" else 1.0, matrix].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": held, "weight_decay": options.weight_decay * matrix, "lr_ratio": ratio}
+            for (ratio, matrix), held in groups.items()
+            if held
+        ],
         lr=options.lr,
         betas=(options.beta1, options.beta2),
         eps=options.eps,
@@ -35,7 +43,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Adam
 def learning_rate(step: int, max_steps: int, options: OptimOptions) -> float:
     """Learning rate of a step (counted from 0): linear warm-up, then constant or cosine to 0.
 
-    A pure function of the step, so nothing of it needs to be saved or restored.
+    A group's own is "lr_ratio" times that. A pure function of the step: nothing of it needs to be saved or restored.
     """
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps

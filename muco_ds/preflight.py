@@ -143,6 +143,7 @@ def estimated(config: RunConfig, data: Data, ranks: int, load: Load) -> Memory:
         freeze_vision=config.model.freeze_vision,
         activation_checkpointing=config.model.activation_checkpointing,
         fused_attention=config.run.precision == "bf16" and config.model.attention != "sdpa",
+        lora=config.model.lora,
     )
 
 

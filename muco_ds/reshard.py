@@ -99,7 +99,7 @@ def load_universal(engine: Any, checkpoint: Path) -> None:
     Weights that are not trained keep what they were built with: DeepSpeed restores what its optimizer holds.
     """
     with _own_hyperparameters(engine):
-        load_files(engine, checkpoint / UNIVERSAL)
+        load_files(engine, checkpoint / UNIVERSAL)  # what is not trained is not looked for
     for parameter, state in engine.optimizer.optimizer.state.items():
         # DeepSpeed's ZeRO-3 hands one tensor to all groups, each of which would count it up once a step, and leaves it
         # on the CPU, where a fused optimizer on a GPU can't have it.

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from muco_ds.checkpoint import UNIVERSAL, read_meta
+from muco_ds.config import ModelOptions
 from muco_ds.data.index import Index
 from muco_ds.errors import UserError
+from muco_ds.models.lora import base_digest
 from muco_ds.reshard import is_sharded
 
 log = logging.getLogger(__name__)
@@ -113,6 +115,26 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], data: dict[str, Any
         raise UserError(
             f"{key}={given.get(key)} but {checkpoint} was {before}: {cure}, or set run.name to begin another run"
         )
+
+
+def check_base(checkpoint: Path, path: str, digest: str | None) -> None:
+    """Is `path` the backbone whose adapter the checkpoint holds?
+
+    Args:
+        digest: what `describe_base` says of it.
+    Raises:
+        UserError: no.
+    """
+    if digest != read_meta(checkpoint)["base"]:
+        raise UserError(
+            f"{path}: is another model than the one whose adapter {checkpoint} holds: restore that one, or set "
+            "run.name to begin another run"
+        )
+
+
+def describe_base(model: ModelOptions) -> str | None:
+    """The digest of the backbone, where a checkpoint without its weights depends on it."""
+    return base_digest(model.path) if model.lora.rank else None
 
 
 def describe_data(index: Index) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from muco_ds.build import build_data, build_engine, validation_records
 from muco_ds.checkpoint import Checkpoints, load_files
 from muco_ds.config import RunConfig, save_config
+from muco_ds.data.draws import DROPOUT, draw_u64
 from muco_ds.data.loader import step_batches
 from muco_ds.data.schema import PackedBatch, StepBatch
 from muco_ds.distributed import env
@@ -35,7 +37,7 @@ from muco_ds.models.probe import probe_dialogues
 from muco_ds.nonfinite import NonFiniteGuard
 from muco_ds.optim import learning_rate
 from muco_ds.reshard import load_universal, universal_form, unusable
-from muco_ds.resume import Start, check_same_run, describe_data
+from muco_ds.resume import Start, check_base, check_same_run, describe_base, describe_data
 from muco_ds.tasks.muco import TaskLoss
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,9 @@ class Trainer:
         self.validation = validation_records(config, self.data.packer)
         self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
         self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
+        # Beside an adapter the weights stay those of model.path.
+        frozen, self.base = config.model.lora.rank == 0, describe_base(config.model)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, frozen=frozen)
         start = self._find_start()
         universal = start is not None and start.universal
         self.engine, self.task = build_engine(config, self.data.processing, device, load_universal=universal)
@@ -142,9 +146,11 @@ class Trainer:
 
     def train_step(self, batch: StepBatch) -> dict[str, torch.Tensor]:
         """One optimizer step; returns the local sums of the loss's statistics, on the device."""
+        # Dropout is a function of seed, step and rank, so that a resumed run draws as it would have.
+        torch.manual_seed(int(draw_u64(self.config.run.seed, batch.step, np.array([env.rank()]), DROPOUT)[0]))
         result = self._backward(batch)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(batch.step, self.max_steps, self.config.optim)
+            group["lr"] = group["lr_ratio"] * learning_rate(batch.step, self.max_steps, self.config.optim)
         self.guard.step(self.engine, batch, result.stats["loss"])  # clip, AdamW; not where the gradient is not finite
         return result.stats
 
@@ -258,6 +264,7 @@ class Trainer:
             "config": asdict(self.config),
             "world_size": env.world_size(),
             "data": describe_data(self.data.plan.index),
+            "base": self.base,
             "zero_stage": self.engine.zero_optimization_stage(),
             "nonfinite": self.guard.counts(),
             "versions": {name: version(name) for name in VERSIONED},
@@ -276,6 +283,8 @@ class Trainer:
             if not newest.is_dir():
                 raise UserError(f"rank {env.rank()} does not see {newest}: run.dir must be shared by all machines")
             check_same_run(newest, asdict(self.config), describe_data(self.data.plan.index))
+            if not self.checkpoints.frozen:
+                check_base(newest, self.config.model.path, self.base)
             start = Start.of(newest, env.world_size())
         if start.universal:
             env.on_main(partial(universal_form, newest))
@@ -290,8 +299,10 @@ class Trainer:
         """Load a checkpoint and prove that it is the model that was saved; returns the step to go on from."""
         with env.agreement():
             start.check_stage(self.engine.zero_optimization_stage())
-        load = load_universal if start.universal else load_files
-        load(self.engine, start.checkpoint)
+        if start.universal:
+            load_universal(self.engine, start.checkpoint)
+        else:
+            load_files(self.engine, start.checkpoint, frozen=self.checkpoints.frozen)
         self.guard.restore(start.nonfinite)
         probe_ND = self._probe()
         with env.agreement():

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Convert a training checkpoint into a Hugging Face model folder.
 
-    python tools/convert_ckpt.py CHECKPOINT OUT [--dtype bf16|fp32] [--overwrite]
+    python tools/convert_ckpt.py CHECKPOINT OUT [--dtype bf16|fp32] [--overwrite] [--no-merge_lora] [--base DIR]
 
 CHECKPOINT is runs/NAME/checkpoints/step_..., or runs/NAME for its newest complete one. OUT loads with
 transformers.AutoModel and AutoProcessor, SentenceTransformer and muco_ds.Embedder; it is there only after it was loaded
-again and gave the embeddings of the trained model.
+again and gave the embeddings of the trained model. An adapter (model.lora) is added to its backbone's weights; with
+--no-merge_lora OUT is the adapter alone, for peft.PeftModel.from_pretrained(BACKBONE, OUT).
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="type of the weights (default: the run's precision)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
+    parser.add_argument(
+        "--merge_lora",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add an adapter to its backbone's weights (default), or write it alone in peft's format",
+    )
+    parser.add_argument("--base", metavar="DIR", help="backbone of an adapter (default: model.path of the run)")
     return parser.parse_args()
 
 
@@ -33,7 +41,14 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     from muco_ds.export import export_checkpoint  # imports take seconds; a typo in the command line should not
 
-    exported = export_checkpoint(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
+    exported = export_checkpoint(
+        args.checkpoint,
+        args.out,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        merge_lora=args.merge_lora,
+        base=args.base,
+    )
     if exported.settings.short_side is not None:
         print(
             f"note: training resized each picture's short side to {exported.settings.short_side} px first, which stock "

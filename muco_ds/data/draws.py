@@ -18,7 +18,8 @@ import numpy as np
     NEGATIVES,
     QUERY_COUNTERPART,
     TARGET_COUNTERPART,
-) = range(9)
+    DROPOUT,
+) = range(10)
 """Purposes: two draws with different purposes are independent."""
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

@@ -71,6 +71,12 @@ def load_tokenizer(path: str, pool_token: str, *, masks: bool = False) -> PreTra
     return tokenizer
 
 
+def new_rows(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of those tokens in a tokenizer that `load_tokenizer` may have added."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in (EMB_TOKEN, MASK) if token in vocabulary]
+
+
 def load_image_processor(path: str) -> Qwen2VLImageProcessorPil:
     """The folder's image processor in its Pillow form: torchvision is not needed to train."""
     try:
@@ -131,7 +137,7 @@ def verify_weights(model: PreTrainedModel, path: str) -> None:
     transformers re-initialises a missing weight with no more than a warning; a model that trains from such a start
     looks healthy and is ruined.
     """
-    files = {canonical_name(name): (file, name) for name, file in _tensor_files(path)}
+    files = {canonical_name(name): (file, name) for name, file in tensor_files(path)}
     loaded = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     missing = sorted(loaded.keys() - files.keys())
     if missing:
@@ -165,7 +171,8 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def _tensor_files(path: str) -> Iterator[tuple[str, str]]:
+def tensor_files(path: str) -> Iterator[tuple[str, str]]:
+    """Stored name and safetensors file of every weight in a model folder. Raises UserError where there is none."""
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.isfile(index):
         with open(index) as file:

@@ -24,7 +24,7 @@ class Engine:
     def __init__(self, state: int = 0, fail: Exception | None = None) -> None:
         self.state, self.fail = state, fail
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
         assert not save_latest, "DeepSpeed's own pointer would not be atomic"
         shards = Path(folder, tag)
         shards.mkdir()
@@ -33,7 +33,7 @@ class Engine:
             raise self.fail
         (shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("m" * 1000)
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+    def load_checkpoint(self, folder: str, tag: str, load_module_strict: bool) -> tuple[str | None, dict[str, Any]]:
         file = Path(folder, tag, "zero_pp_rank_0_mp_rank_00_model_states.pt")
         if not file.exists():
             return None, {}
@@ -207,7 +207,7 @@ def test_an_engine_that_loads_nothing_is_not_taken_for_resumed(store: Checkpoint
     path = save(store, 1)
 
     class Deaf(Engine):
-        def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+        def load_checkpoint(self, folder: str, tag: str, load_module_strict: bool) -> tuple[str | None, dict[str, Any]]:
             return None, {}
 
     with pytest.raises(UserError, match="can't load it"):

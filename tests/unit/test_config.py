@@ -14,6 +14,7 @@ import yaml
 
 from muco_ds.config import RunConfig, Source, check_paths, save_config, validate
 from muco_ds.config_cli import load_config, parse_args
+from muco_ds.config_lora import LoraOptions
 from muco_ds.errors import UserError
 
 MINIMAL: dict[str, dict[str, object]] = {
@@ -61,6 +62,15 @@ def test_recipe_and_overrides_build_a_typed_config(recipe: Path) -> None:
     assert (config.data.min_pixels, config.data.max_pixels) == (256 * 28 * 28, 1280 * 28 * 28)
 
 
+def test_a_section_in_a_section(tmp_path: Path) -> None:
+    path = tmp_path / "lora.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "model": {"path": "m", "lora": {"rank": 16, "dora": True}}}))
+    config = parse_args(["--config", str(path), "--model.lora.dropout", "0.1"]).config
+    assert config.model.lora == LoraOptions(rank=16, dora=True, dropout=0.1)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
 def test_scientific_notation_in_a_recipe_is_a_number(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optim:\n  lr: 1e-4\n")  # YAML 1.1 alone reads 1e-4 as text
@@ -103,6 +113,9 @@ def test_unknown_key_names_the_place_and_the_nearest_key(recipe: Path, tmp_path:
     text = with_recipe(tmp_path, "optimizer: {lr: 5}")
     assert "'optimizer'" in text and "bad.yaml" in text and "'optim" in text
     assert "'loss.temperature'" in message(["--config", str(recipe), "--loss.temprature=1"])
+    text = with_recipe(tmp_path, "model: {path: m, lora: {ranks: 5}}")
+    assert "'model.lora.ranks'" in text and "bad.yaml" in text and "'model.lora.rank'" in text
+    assert "section 'model.lora' must be a mapping" in with_recipe(tmp_path, "model: {path: m, lora: 5}")
     # A prefix is not an abbreviation.
     assert "'optim.warmup_steps'" in message(["--config", str(recipe), "--optim.warm", "1"])
 
@@ -164,6 +177,12 @@ def test_command_line_mistakes_are_one_line(recipe: Path) -> None:
         ("run", {"name": "a/b"}, ["run.name", "a/b"]),
         ("checkpoint", {"every": 0}, ["checkpoint.every", "0"]),
         ("model", {"pool_token": ""}, ["model.pool_token"]),
+        ("model", {"lora": LoraOptions(rank=-1)}, ["model.lora.rank", "-1"]),
+        ("model", {"lora": LoraOptions(rank=4, dropout=1.0)}, ["model.lora.dropout", "1.0", "at most"]),
+        ("model", {"lora": LoraOptions(rank=4, targets="all")}, ["model.freeze_vision is true", "targets=all"]),
+        ("model", {"lora": LoraOptions(rank=4), "freeze_vision": False}, ["freeze_vision is false", "targets=text"]),
+        ("optim", {"vision_lr": 1e-4}, ["optim.vision_lr", "0.0001", "model.freeze_vision"]),
+        ("optim", {"vision_lr": 0.0}, ["optim.vision_lr", "0.0"]),
     ],
 )
 def test_cross_checks_name_both_values(recipe: Path, section: str, values: dict[str, object], parts: list[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLModel
 
+from muco_ds.config_lora import LoraOptions
 from muco_ds.flops import FlopsModel, peak_flops
 
 from demo import Demo
@@ -85,6 +86,27 @@ def test_training_counts_a_backward_only_where_there_is_one() -> None:
     assert flops.training(10, 100, 20, 400) == 3 * (50 + 300) + 3 * (140 + 800)
     frozen = FlopsModel(per_token=5, per_token_pair=3, per_patch=7, per_patch_pair=2, train_vision=False)
     assert frozen.training(10, 100, 20, 400) == 3 * (50 + 300) + (140 + 800)
+
+
+def test_beside_an_adapter_no_weight_has_a_gradient(demo: Demo) -> None:
+    config = AutoConfig.from_pretrained(demo.model)
+    full = demo.flops()
+    lora = FlopsModel.from_config(config, train_vision=True, lora=LoraOptions(rank=4, targets="all"))
+    with torch.device("meta"):
+        model = Qwen2VLModel(config)
+
+    def small(tower: str) -> int:
+        layers = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(tower)]
+        return sum(4 * (layer.in_features + layer.out_features) for layer in layers)
+
+    merged = sum(4 * (m.in_features + m.out_features) for m in model.visual.merger.mlp if hasattr(m, "in_features"))
+    text = 2 * full.per_token * 10 + 3 * full.per_token_pair * 100 + 6 * small("language_model") * 10
+    assert lora.training(10, 100, 0, 0) == pytest.approx(text)
+    by_patch = small("visual") - merged + merged / 4
+    vision = 2 * full.per_patch * 20 + 3 * full.per_patch_pair * 400 + 6 * by_patch * 20
+    assert lora.training(0, 0, 20, 400) == pytest.approx(vision)
+    frozen = FlopsModel.from_config(config, train_vision=False, lora=LoraOptions(rank=4))
+    assert frozen.training(0, 0, 20, 400) == full.per_patch * 20 + full.per_patch_pair * 400
 
 
 @pytest.mark.parametrize(

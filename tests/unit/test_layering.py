@@ -18,6 +18,7 @@ LEVELS = [
         "errors",
         "config",
         "config_cli",
+        "config_lora",
         "config_task",
         "ds_config",
         "ops",
@@ -31,7 +32,7 @@ LEVELS = [
     {"models"},
     {"memory", "tasks"},
     {"checkpoint", "eval"},
-    {"nonfinite", "build", "export", "export_st", "reshard", "resume"},
+    {"nonfinite", "build", "export", "export_adapter", "export_st", "reshard", "resume"},
     {"preflight", "trainer"},
     {"launch", "tools"},
 ]

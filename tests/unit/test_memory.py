@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
+from muco_ds.config_lora import LoraOptions
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.memory import (
@@ -28,6 +29,7 @@ from muco_ds.memory import (
 from muco_ds.models.attention import register_attention
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.embedder import KEPT_ON_DEVICE, Embedder
+from muco_ds.models.lora import add_adapter
 
 from tiny_models import model_folder, new_embedder, pack, picture
 
@@ -165,6 +167,26 @@ def test_activations_are_what_is_really_needed(
         checkpointing=checkpointing,
         fused_attention=False,
     )
+    assert estimated == pytest.approx(peak_bytes(made, batch), rel=0.2)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize(
+    "lora", [LoraOptions(rank=8, dropout=0.1), LoraOptions(rank=8, dora=True), LoraOptions(rank=8, targets="all")]
+)
+def test_activations_beside_an_adapter(lora: LoraOptions, checkpointing: bool) -> None:
+    frozen = lora.targets == "text"
+    made, batch = bigger(torch.bfloat16, frozen), packed(8, True)
+    config = made.model.config
+    expected = [(p.numel(), False) for p in made.model.parameters()]
+    add_adapter(made.model, lora, [0, 1], seed=0)
+    expected += [(p.numel(), True) for p in made.model.parameters() if p.requires_grad]
+    found = [(weight.numel, weight.trained) for weight in parameters(config, 0, frozen, lora)]
+    assert sorted(found) == sorted(expected)
+    if checkpointing:
+        getattr(made.model, "activation_checkpointing_enable", made.model.gradient_checkpointing_enable)()
+    options: dict[str, Any] = {"width": 2, "freeze_vision": frozen, "checkpointing": checkpointing, "lora": lora}
+    estimated = activation_bytes(config, load_of(batch), fused_attention=False, **options)
     assert estimated == pytest.approx(peak_bytes(made, batch), rel=0.2)
 
 

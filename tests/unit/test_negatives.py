@@ -161,7 +161,7 @@ def test_a_row_that_lost_one_says_so(data: Rows) -> None:
             return replace(super().record(row), negatives=())
 
     forgetful = Forgetful(data.reader.files[0], data.reader.images, negatives=True)
-    with pytest.raises(RowError, match="row 3 has 0 negatives, 3 were indexed"):
+    with pytest.raises(RowError, match="has 0 negatives, 3 were indexed"):
         stage(replace(data, reader=forgetful)).sides(3, 0)
 
 

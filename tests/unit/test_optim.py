@@ -45,6 +45,17 @@ def test_frozen_parameters_are_left_out() -> None:
     assert not held & {id(p) for p in embedder().model.visual.parameters()}
 
 
+def test_the_vision_tower_has_a_learning_rate_of_its_own() -> None:
+    model = new_embedder()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, OptimOptions(lr=1e-3, vision_lr=2e-4, weight_decay=0.1)).param_groups
+    assert [(group["lr_ratio"], group["weight_decay"]) for group in groups] == [(1, 0.1), (1, 0), (0.2, 0.1), (0.2, 0)]
+    for group in groups:
+        assert {".visual." in names[id(p)] for p in group["params"]} == {group["lr_ratio"] < 1}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert len(build_optimizer(model, OptimOptions(lr=1e-3)).param_groups) == 2
+
+
 def test_an_update_decays_matrices_only() -> None:
     model = nn.Linear(2, 2)
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()

@@ -149,7 +149,7 @@ def test_groups_keep_their_own_counter_and_hyperparameters(tmp_path: Path) -> No
         state={}, param_groups=[{"params": [m], "weight_decay": w} for m, w in zip(masters, (0.1, 0.0), strict=True)]
     )
 
-    def load_checkpoint(folder: str, tag: str) -> tuple[str, dict[str, Any]]:
+    def load_checkpoint(folder: str, tag: str, load_module_strict: bool) -> tuple[str, dict[str, Any]]:
         assert folder == str(tmp_path / UNIVERSAL)
         counter = torch.tensor(5.0)
         for master, group in zip(masters, optimizer.param_groups, strict=True):

@@ -39,12 +39,17 @@ BOUND = {
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
-    *("loss.mask_same_target", "deepspeed"),
+    *("loss.mask_same_target", "deepspeed", "optim.vision_lr"),
+    *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "dora", "targets", "train_new_rows")),
 }
 
 
 def keys() -> list[str]:
-    return [f"{s}.{k}" for s, tree in CONFIG.items() if isinstance(tree, dict) for k in tree] + ["deepspeed"]
+    def leaves(tree: dict[str, Any], prefix: str) -> list[str]:
+        found = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}"] for k, v in tree.items()]
+        return [key for part in found for key in part]
+
+    return leaves(CONFIG, "")
 
 
 @pytest.fixture
@@ -60,7 +65,9 @@ def saved(tmp_path: Path) -> Path:
 def changed(key: str) -> tuple[dict[str, Any], Any]:
     config = copy.deepcopy(CONFIG)
     section, _, name = key.rpartition(".")
-    tree = config[section] if section else config
+    tree = config
+    for part in section.split(".") if section else []:
+        tree = tree[part]
     old = tree[name]
     if isinstance(old, bool):
         tree[name] = not old

@@ -69,7 +69,7 @@ class FineTuneStage:
         data = self.index.samples[sample]
         record = self.reader.record(int(data["row"]))
         if len(record.turns) != 1 or record.captions is None:
-            raise RowError(f"row {record.row} is no single pair")
+            raise RowError("is no single pair")
         (turn,), restated = record.turns, record.restated()
         ids_k3 = np.empty((self.forms, 3), np.int64)
         ids_k3[:, 0] = data["image_id"]

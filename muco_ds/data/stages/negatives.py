@@ -44,7 +44,7 @@ class HardNegatives:
         """Dialogues of the negatives of a sample in its pass `number`. Raises RowError when some are gone."""
         first, stop = self.index.negative_bounds(sample)
         if len(record.negatives) != stop - first:
-            raise RowError(f"row {record.row} has {len(record.negatives)} negatives, {stop - first} were indexed")
+            raise RowError(f"has {len(record.negatives)} negatives, {stop - first} were indexed")
         sides = []
         for row in self._drawn(np.array([sample]), np.array([number]))[1].tolist():
             negative = record.negatives[row - first]

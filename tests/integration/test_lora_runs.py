@@ -1,0 +1,200 @@
+"""Training an adapter: the same losses however it is run, resumed exactly, merged and written for peft as trained."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_train import write_stage
+from transformers import AutoModel
+
+from muco_ds.checkpoint import TAG
+from muco_ds.errors import UserError
+from muco_ds.export import Exported, export_checkpoint
+from muco_ds.models.backbones import canonical_name
+from muco_ds.models.folder import Processing, read_settings
+
+from programs import REPOSITORY, Demo, Programs, losses, metrics, refusal
+
+CONVERT = REPOSITORY / "tools" / "convert_ckpt.py"
+TABLE = "embed_tokens.weight"
+STEPS, MIDDLE = 4, 2
+DORA: dict[str, object] = {
+    **{"run.max_steps": STEPS, "optim.lr": 2e-3, "optim.warmup_steps": 0, "optim.schedule": "constant"},
+    **{"model.freeze_vision": "true", "model.lora.rank": 4, "model.lora.alpha": 8, "model.lora.dora": "true"},
+    **{"checkpoint.every": MIDDLE, "checkpoint.keep": STEPS},
+}
+
+
+def write_partitioned(folder: Path) -> Path:
+    """ZeRO-3 that partitions small tensors too, and keeps nothing that it has gathered."""
+    path = write_stage(folder, 3)
+    small = '"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0'
+    path.write_text(path.read_text().replace('"stage": 3', small))
+    return path
+
+
+def saved(out: Path, step: int) -> Path:
+    return out / "run" / "checkpoints" / f"step_{step:07d}"
+
+
+def cut(whole: Path, out: Path) -> Path:
+    """A copy of a run as if it had been killed after its middle checkpoint."""
+    return Path(shutil.copytree(whole, out, ignore=shutil.ignore_patterns(saved(whole, STEPS).name)))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {canonical_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def plain(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of the run that the others are compared with: one process, stage 0, one pack."""
+    out = tmp_path_factory.mktemp("plain")
+    programs.run(demo.train(out, {**DORA, "deepspeed": write_stage(out, 0)})).check()
+    assert losses(out)[STEPS] < 0.9 * losses(out)[1], "nothing was learned"
+    return out
+
+
+@pytest.fixture(scope="module")
+def zero3(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """Output folder and options of a run on two ranks under ZeRO-3."""
+    out = tmp_path_factory.mktemp("zero3")
+    options = {**DORA, "deepspeed": write_partitioned(out)}
+    programs.run(demo.train(out, options), ranks=2).check()
+    return out, options
+
+
+@pytest.fixture(scope="module")
+def dropped(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """The same with dropout and four packs a rank."""
+    out = tmp_path_factory.mktemp("dropped")
+    options = {**DORA, "deepspeed": write_partitioned(out), "batch.pack_tokens": 340, "model.lora.dropout": 0.2}
+    programs.run(demo.train(out, options), ranks=2).check()
+    return out, options
+
+
+@pytest.fixture(scope="module")
+def merged(zero3: tuple[Path, dict[str, object]], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export_checkpoint(zero3[0] / "run", tmp_path_factory.mktemp("merged") / "model", progress=False)
+
+
+def assert_close(out: Path, expected: Path) -> None:
+    assert len(losses(out)) == STEPS
+    assert losses(out) == pytest.approx(losses(expected), rel=1e-5)
+
+
+def test_two_ranks_under_zero3_train_as_one_process(zero3: tuple[Path, dict[str, object]], plain: Path) -> None:
+    assert_close(zero3[0], plain)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_several_packs_train_as_one(
+    stage: int, demo: Demo, programs: Programs, zero3: tuple[Path, dict[str, object]], plain: Path, tmp_path: Path
+) -> None:
+    path = write_partitioned(tmp_path) if stage == 3 else write_stage(tmp_path, stage)
+    overrides = {**DORA, "deepspeed": path, "batch.pack_tokens": 340, "model.activation_checkpointing": "true"}
+    programs.run(demo.train(tmp_path, overrides), ranks=2).check()
+    assert_close(tmp_path, plain)
+    norms = [[line["grad_norm"] for line in metrics(out)] for out in (tmp_path, zero3[0])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert export_checkpoint(tmp_path / "run", tmp_path / "model", progress=False).difference < 1e-5
+
+
+def test_dropout_is_drawn_and_a_resumed_run_draws_it_again(
+    demo: Demo, programs: Programs, dropped: tuple[Path, dict[str, object]], plain: Path, tmp_path: Path
+) -> None:
+    whole, options = dropped
+    assert losses(whole)[STEPS] < 0.95 * losses(whole)[1], "nothing was learned"
+    assert losses(whole)[STEPS] != pytest.approx(losses(plain)[STEPS], rel=1e-3), "nothing was left out"
+    out = cut(whole, tmp_path / "out")
+    programs.run(demo.train(out, options), ranks=2).check()
+    assert losses(out) == losses(whole)
+
+
+def test_a_run_goes_on_at_another_number_of_ranks(
+    demo: Demo, programs: Programs, zero3: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    out = cut(zero3[0], tmp_path / "out")
+    output = programs.run(demo.train(out, zero3[1])).check().output
+    assert "converting what 2 ranks wrote" in output and "resumed from" in output
+    assert_close(out, zero3[0])
+
+
+def test_a_checkpoint_holds_the_adapter_alone(zero3: tuple[Path, dict[str, object]], demo: Demo) -> None:
+    size = sum(path.stat().st_size for path in (saved(zero3[0], STEPS) / TAG).iterdir())
+    assert size < 0.5 * (demo.model / "model.safetensors").stat().st_size
+
+
+def test_the_merged_model_is_the_trained_one(merged: Exported, demo: Demo) -> None:
+    """The exporter has compared embeddings; here which weights differ from the backbone's."""
+    assert merged.difference < 1e-5
+    before, after = weights(demo.model), weights(merged.folder)
+    assert AutoModel.from_pretrained(merged.folder).config.model_type == "qwen2_vl"
+    changed = set()
+    for name, tensor in after.items():
+        if not torch.equal(before[name], tensor):
+            changed.add(re.sub(r"layers\.\d+\.", "", name))
+    projections = {f"self_attn.{p}_proj.weight" for p in "qkvo"} | {
+        f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")
+    }
+    assert changed == {*projections, TABLE}
+    moved = (after[TABLE] != before[TABLE]).any(-1).nonzero().flatten().tolist()
+    tokenizer = Processing.load(str(merged.folder), read_settings(str(merged.folder))).tokenizer
+    assert moved == [tokenizer.convert_tokens_to_ids("<|emb|>")], "<|mask|> does not occur in this stage"
+
+
+def test_peft_reads_the_adapter(
+    programs: Programs, zero3: tuple[Path, dict[str, object]], merged: Exported, demo: Demo, tmp_path: Path
+) -> None:
+    result = programs.run([CONVERT, zero3[0] / "run", tmp_path / "adapter", "--no-merge_lora"]).check()
+    assert "embeddings of the written model differ" in result.output
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    base = AutoModel.from_pretrained(demo.model, key_mapping={r"^model\.visual\.": "visual."})
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    found = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in weights(merged.folder).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_both_towers_in_bf16_with_a_learning_rate_for_vision(demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    overrides = {
+        **{**DORA, "model.freeze_vision": "false", "model.lora.targets": "all", "model.lora.dora": "false"},
+        **{"run.precision": "bf16", "optim.vision_lr": 1e-4, "deepspeed": write_partitioned(tmp_path)},
+    }
+    programs.run(demo.train(tmp_path, overrides), ranks=2).check()
+    exported = export_checkpoint(tmp_path / "run", tmp_path / "model", dtype="fp32", progress=False)
+    before, after = weights(demo.model), weights(exported.folder)
+    moved = {name: (after[name] - before[name]).abs().max() for name in after}
+    assert 0 < moved["visual.blocks.0.attn.qkv.weight"] < 0.1 * moved["layers.0.self_attn.q_proj.weight"]
+
+
+def test_an_adapter_of_another_model_is_refused(
+    demo: Demo, programs: Programs, zero3: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(demo.model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors[next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))] *= 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(programs.run([CONVERT, zero3[0] / "run", tmp_path / "out", "--base", other]))
+    assert f"{other}: is another model than the one whose adapter {saved(zero3[0], STEPS)} holds" in line
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"no such folder, but .* give --base DIR"):
+        export_checkpoint(zero3[0] / "run", tmp_path / "out", base=str(tmp_path / "gone"))
+
+    out = cut(zero3[0], tmp_path / "run")
+    meta = saved(out, MIDDLE) / "meta.json"
+    manifest = saved(out, MIDDLE) / "manifest.json"
+    text = meta.read_text()
+    digest = json.loads(text)["base"]
+    meta.write_text(text.replace(digest, digest[::-1]))
+    assert json.loads(manifest.read_text())["files"]["meta.json"] == meta.stat().st_size
+    line = refusal(programs.run(demo.train(out, zero3[1]), ranks=2))
+    assert f"{demo.model}: is another model than the one whose adapter {saved(out, MIDDLE)} holds" in line
