@@ -50,8 +50,7 @@ def run_config(folder: Path, checkpointing: bool, pack_tokens: int) -> RunConfig
         run=RunOptions(name="cache", dir=str(folder / "runs"), max_steps=1, precision="fp32"),
         model=ModelOptions(str(folder / "model"), freeze_vision=True, activation_checkpointing=checkpointing),
         data=DataOptions(
-            *(str(folder / "data" / "train.parquet"), str(folder / "data" / "images")),
-            **{"min_pixels": 3136, "max_pixels": 7056},
+            str(folder / "data" / "train.parquet"), str(folder / "data" / "images"), min_pixels=3136, max_pixels=7056
         ),
         batch=BatchOptions(images=IMAGES, pack_tokens=pack_tokens),
         optim=OptimOptions(lr=1e-9, warmup_steps=0),  # weights stay: every repeat does the same work

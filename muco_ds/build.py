@@ -173,6 +173,9 @@ def open_rows(config: RunConfig, packer: Packer, source: Source, key: str) -> tu
     if index.bad_rows and env.is_main():
         listing = index.folder / "bad_rows.jsonl"
         log.warning("%s: %d of %d rows left out, listed in %s", key, index.bad_rows, len(reader), listing)
+    if index.uncaptioned and config.task.reconstruct and env.is_main():
+        cure = "pictures without qry_sentence or pos_sentence are restated without a word about them"
+        log.warning("%s: %d of %d rows lack a caption: %s", key, index.uncaptioned, len(reader), cure)
     return reader, index
 
 

@@ -62,6 +62,8 @@ def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -
     print(f"rows      {len(reader)}, usable {len(index)}, bad {index.bad_rows}")
     if index.bad_rows:
         print_bad_rows(index)
+    if index.uncaptioned:
+        print(f"captions  of pictures missing in {index.uncaptioned} rows (qry_sentence, pos_sentence)")
     turns_S = np.diff(index.samples["turn_end"], prepend=0)
     print(f"turns     a row: min {turns_S.min()}, mean {turns_S.mean():.1f}, max {turns_S.max()}")
     tokens_S = longest_rows(stage_of(config, reader.key, index, reader, packer.template))

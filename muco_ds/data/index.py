@@ -91,6 +91,7 @@ class Index:
     turns: np.ndarray
     question_tokens: np.ndarray
     bad_rows: int
+    uncaptioned: int  # rows with a picture that has no caption, where the reader reads captions
     identity: str  # of this build: another one of the same inputs may hold other pictures
     parts: tuple[Part, ...]
     negatives: np.ndarray = field(default_factory=lambda: np.empty(0, NEGATIVE))
@@ -127,10 +128,14 @@ class Index:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a range of rows: arrays as in Index, by the names of TABLES, and the rows that can't be used."""
+    """What is known of a range of rows: arrays as in Index, by the names of TABLES, and the rows that can't be used.
+
+    `uncaptioned` counts usable rows with a picture that has no caption, where the reader reads captions.
+    """
 
     tables: dict[str, np.ndarray]
     bad: list[dict]
+    uncaptioned: int
 
 
 class TableWriter:
@@ -179,12 +184,15 @@ class Indexer:
         """Measure some rows; ends count from the first of them."""
         rows_of: dict[str, list] = {name: [] for name in TABLES}
         bad: list[dict] = []
+        uncaptioned = 0
         for row in rows:
             try:
-                self._add(row, self.reader.record(row), rows_of)
+                record = self.reader.record(row)
+                self._add(row, record, rows_of)
+                uncaptioned += record.lacks_caption
             except (RowError, ImageError) as error:
                 bad.append({"row": row, "reason": str(error)})
-        return Measured({name: np.array(rows_of[name], dtype) for name, dtype in TABLES.items()}, bad)
+        return Measured({name: np.array(rows_of[name], dtype) for name, dtype in TABLES.items()}, bad, uncaptioned)
 
     def _add(self, row: int, record: Record, rows_of: dict[str, list]) -> None:
         """Add a record's rows to all tables, or to none where a picture can't be used."""
@@ -284,7 +292,7 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
     work.mkdir()
     total = len(indexer.reader)
     chunks = [range(start, min(start + CHUNK_ROWS, total)) for start in range(0, total, CHUNK_ROWS)]
-    usable = bad_rows = 0
+    usable = bad_rows = uncaptioned = 0
     with (
         TableWriter(work) as writer,
         open(work / "bad_rows.jsonl", "w") as bad_file,
@@ -296,12 +304,17 @@ def _build(indexer: Indexer, path: Path, processes: int, progress: bool) -> None
                 writer.append(name, values)
             bad_file.writelines(json.dumps(entry) + "\n" for entry in part.bad)
             usable, bad_rows = usable + len(part.tables["samples"]), bad_rows + len(part.bad)
+            uncaptioned += part.uncaptioned
             bar.update(len(chunk))
-    publish_index(work, path, files=indexer.reader.files, rows=total, usable=usable, bad_rows=bad_rows)
+    facts = {"files": indexer.reader.files, "rows": total}
+    publish_index(work, path, **facts, usable=usable, bad_rows=bad_rows, uncaptioned=uncaptioned)
 
 
 def publish_index(work: Path, path: Path, **facts: Any) -> None:
-    """Make a folder of arrays an index, whole or not at all. `facts`: files, rows, usable, bad_rows, and more."""
+    """Make a folder of arrays an index, whole or not at all.
+
+    `facts`: files, rows, usable, bad_rows, uncaptioned, and more.
+    """
     meta = {"version": VERSION, "identity": uuid4().hex, **facts}
     (work / "meta.json").write_text(json.dumps(meta, indent=2))
     try:
@@ -331,7 +344,8 @@ def load_index(path: Path) -> Index:
         np.memmap(files[name], dtype, "r") if files[name].stat().st_size else np.empty(0, dtype)
         for name, dtype in TABLES.items()
     )
-    return Index(path, samples, turns, questions, meta["bad_rows"], meta["identity"], (), negatives, words)
+    counts = meta["bad_rows"], meta["uncaptioned"]
+    return Index(path, samples, turns, questions, *counts, meta["identity"], (), negatives, words)
 
 
 def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:

@@ -88,6 +88,7 @@ def _write(parts: Sequence[Index], readers: Sequence[M3TReader], path: Path) -> 
         rows=first_row,
         usable=sum(map(len, parts)),
         bad_rows=sum(part.bad_rows for part in parts),
+        uncaptioned=sum(part.uncaptioned for part in parts),
         parts=[str(part.folder) for part in parts],
     )
 

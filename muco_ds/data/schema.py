@@ -80,6 +80,14 @@ class Record:
     negatives: tuple[Negative, ...] = ()
     captions: tuple[str, str] | None = None
 
+    @property
+    def lacks_caption(self) -> bool:
+        """Whether a picture would be restated without a word about it."""
+        pictured = (self.query_images, self.target_images)
+        return self.captions is not None and any(
+            images and not caption for images, caption in zip(pictured, self.captions, strict=True)
+        )
+
     def restated(self) -> tuple[str, str]:
         """The only query and target in words, pictures replaced by their captions; '' where there are none."""
         assert self.captions is not None and len(self.turns) == 1

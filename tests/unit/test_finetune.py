@@ -74,6 +74,27 @@ def test_caption_columns_may_be_absent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "changes, lacks",
+    [
+        ({}, True),
+        ({"qry_sentence": "a caption"}, False),
+        ({"qry_sentence": "a caption", "pos_image_path": "x.png"}, True),
+        ({"qry_image_path": "", "pos_sentence": "of no picture"}, False),
+    ],
+)
+def test_a_picture_without_a_caption_is_counted(
+    demo: Demo, tmp_path: Path, changes: dict[str, Any], lacks: bool
+) -> None:
+    for name in ("0.png", "x.png"):
+        write_picture(tmp_path / name, 56, 56)
+    rows = [pair(qry_image_path="0.png", qry_sentence="a caption"), pair(**{"qry_image_path": "0.png", **changes})]
+    reader = PairReader(str(write_rows(tmp_path / "r.parquet", rows)), str(tmp_path))
+    packer = demo.packer()
+    index = open_index(Indexer(reader, packer.template, packer.images), str(tmp_path / "index"), builder=True)
+    assert len(index) == 2 and index.uncaptioned == lacks
+
+
+@pytest.mark.parametrize(
     "changes, reason",
     [
         ({"qry": "<|image_1|>\n"}, "turn 0 has neither a question nor a picture"),

@@ -33,7 +33,7 @@ def synthetic_index(samples: int, seed: int = 0, paraphrases: int = 3) -> Index:
     turn_array["target_tokens"] = rng.integers(1, 60, len(turn_array))
     questions = rng.integers(1, 60, choices_N.sum()).astype(QUESTION)
     parts = (Part("data.train", samples, 0),)
-    return Index(Path("nowhere"), sample_array, turn_array, questions, 0, "made up", parts)
+    return Index(Path("nowhere"), sample_array, turn_array, questions, 0, 0, "made up", parts)
 
 
 @pytest.fixture(scope="module")
