@@ -68,7 +68,8 @@ def m3t_like_index(samples: int, seed: int) -> Index:
     turn_array["target_tokens"] = rng.integers(np.tile(low, samples), np.tile(high, samples) + 1)
     turn_array["question_end"] = 2 * np.arange(1, samples * turns + 1)
     questions = rng.integers(*QUESTION_TOKENS, 2 * samples * turns).astype(QUESTION)
-    return Index(Path("nowhere"), sample_array, turn_array, questions, 0, 0, "made up", (Part("data.train", samples, 0),))
+    parts = (Part("data.train", samples, 0),)
+    return Index(Path("nowhere"), sample_array, turn_array, questions, 0, 0, "made up", parts)
 
 
 def patch_count(aspect: float) -> int:

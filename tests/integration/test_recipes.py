@@ -33,7 +33,8 @@ def check(out: Path) -> None:
 
 
 def test_recipes_are_found() -> None:
-    assert {"demo.yaml", "demo_finetune.yaml", "muco_2b_pretrain.yaml", "muco_7b_finetune.yaml"} <= {path.name for path in RECIPES} and len(JSONS) >= 3
+    published = {f"muco_{size}_{stage}" for size in ("2b", "7b") for stage in ("pretrain", "finetune")}
+    assert {"demo", "demo_finetune", "demo_lora", *published} <= {path.stem for path in RECIPES} and len(JSONS) >= 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
