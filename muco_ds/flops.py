@@ -1,6 +1,6 @@
 """Model FLOPs of both towers: the plan balances ranks on them and MFU is reported against them.
 
-Counted: matrix products of the vision tower, its merger and the text layers, and attention over the pairs that are
+Counted: matrix products of the vision tower, its mergers and the text layers, and attention over the pairs that are
 really attended (causal halves it). Not counted: the embedding table, the unused vocabulary head, recomputation.
 """
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
+
+from muco_ds.families import VisionShape, text_shape, vision_shape
 
 PEAK_BF16_FLOPS = {
     # Dense bf16 with fp32 accumulation, from NVIDIA's data sheets of each product.
@@ -38,16 +40,13 @@ class FlopsModel:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, *, train_vision: bool) -> FlopsModel:
-        """From a Qwen2-VL or Qwen2.5-VL configuration."""
-        text, vision = config.text_config, config.vision_config
-        hidden, heads = text.hidden_size, text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or hidden // heads
-        projections = hidden * head_dim * (2 * heads + 2 * text.num_key_value_heads)
-        layer = projections + 3 * hidden * text.intermediate_size
-        per_patch, per_patch_pair = _vision(vision, hidden)
+        """From the configuration of a supported backbone."""
+        text = text_shape(config)
+        layer = text.hidden * (2 * text.queries + 2 * text.keys) + 3 * text.hidden * text.inner
+        per_patch, per_patch_pair = _vision(vision_shape(config))
         return cls(
-            per_token=2.0 * layer * text.num_hidden_layers,
-            per_token_pair=4.0 * heads * head_dim * text.num_hidden_layers,
+            per_token=2.0 * layer * text.layers,
+            per_token_pair=4.0 * text.queries * text.layers,
             per_patch=per_patch,
             per_patch_pair=per_patch_pair,
             train_vision=train_vision,
@@ -60,21 +59,15 @@ class FlopsModel:
         return 3.0 * text + (3.0 if self.train_vision else 1.0) * vision
 
 
-def _vision(vision: PretrainedConfig, hidden: int) -> tuple[float, float]:
-    merge = vision.spatial_merge_size**2
-    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    windowed = getattr(vision, "fullatt_block_indexes", None)
-    width = vision.embed_dim if windowed is None else vision.hidden_size
-    mlp = 2 * width * int(width * vision.mlp_ratio) if windowed is None else 3 * width * vision.intermediate_size
-    merger = ((merge * width) ** 2 + merge * width * hidden) / merge
-    per_patch = 2.0 * (patch_values * width + vision.depth * (4 * width**2 + mlp) + merger)
-    per_pair = 4.0 * width
-    if windowed is None:
-        return per_patch, per_pair * vision.depth
-    # Qwen2.5-VL: most layers attend inside windows of a fixed number of patches, which is linear in the patches.
-    window_patches = (vision.window_size // vision.patch_size) ** 2
-    window_layers = vision.depth - len(windowed)
-    return per_patch + per_pair * window_layers * window_patches, per_pair * len(windowed)
+def _vision(vision: VisionShape) -> tuple[float, float]:
+    """FLOPs per patch, and per pair of patches of one picture."""
+    width, merged = vision.width, vision.merge * vision.width
+    layer = 4 * width**2 + (3 if vision.gated else 2) * width * vision.inner
+    merger = (merged**2 + merged * vision.out) / vision.merge
+    per_patch = 2.0 * (vision.pixels * width + vision.depth * layer + vision.features * merger)
+    # Attention inside windows of a fixed number of patches is linear in the patches.
+    windows = 4.0 * width * vision.window_layers * vision.window_patches
+    return per_patch + windows, 4.0 * width * (vision.depth - vision.window_layers)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -24,6 +24,7 @@ LEVELS = [
         "data",
         "distributed",
         "metrics",
+        "families",
         "flops",
         "optim",
     },

@@ -15,6 +15,7 @@ from transformers import Qwen2VLConfig, Qwen2VLModel
 
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed.testing import run_distributed
+from muco_ds.families import text_shape, vision_shape
 from muco_ds.memory import (
     GIB,
     Load,
@@ -147,7 +148,9 @@ def peak_bytes(embedder: Embedder, batch: PackedBatch) -> int:
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model, history", [("qwen2_vl", True), ("qwen2_5_vl", False), ("bigger", True)])
+@pytest.mark.parametrize(
+    "model, history", [("qwen2_vl", True), ("qwen2_5_vl", False), ("qwen3_vl", False), ("bigger", True)]
+)
 def test_activations_are_what_is_really_needed(
     model: str, history: bool, precision: str, frozen: bool, checkpointing: bool
 ) -> None:
@@ -180,10 +183,10 @@ def test_autograd_keeps_what_a_layer_is_said_to_keep(precision: str) -> None:
     dtype = DTYPES[precision]
     batch = packed(6, history=False)
     made = bigger(dtype, frozen=False)
-    text, vision = made.model.config.text_config, made.model.config.vision_config
+    text, vision = text_shape(made.model.config), vision_shape(made.model.config)
     whole = saved_bytes(made, batch)
     made.model.language_model.layers = made.model.language_model.layers[:-1]
-    text.num_hidden_layers -= 1
+    made.model.config.text_config.num_hidden_layers -= 1
     fewer_layers = saved_bytes(made, batch)
     made.model.visual.blocks = made.model.visual.blocks[:-1]
     fewer_blocks = saved_bytes(made, batch)
@@ -271,7 +274,7 @@ def test_what_a_change_costs_or_saves() -> None:
 def test_parts_by_hand() -> None:
     """On the 2B's sizes, where a part that is small in the measured models is not."""
     config = released(1536, 28, 12, 2, 8960)
-    text, vision = config.text_config, config.vision_config
+    text, vision = text_shape(config), vision_shape(config)
     fused = 2 * 8 * 1536 + 2 * (2 * 1536 + 2 * 2 * 256) + 4 * 12 + 4 * 2 * 8960  # each attended row counted twice here
     assert text_layer_bytes(text, 1, 2, 2, fused=True) == fused
     assert text_layer_bytes(text, 1, 2, 2, fused=False) == fused + 2 * (1536 + 2 * 2 * (1536 - 256))
