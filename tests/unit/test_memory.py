@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import Qwen2VLConfig, Qwen2VLModel
+from transformers import Qwen2VLConfig
 
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed.testing import run_distributed
-from muco_ds.families import text_shape, vision_shape
+from muco_ds.families import FAMILIES, text_shape, vision_shape
 from muco_ds.memory import (
     GIB,
     Load,
@@ -109,10 +109,11 @@ def packed(examples: int, history: bool, kind: str = "qwen2_vl") -> PackedBatch:
     return pack([Dialogue(turns, (picture(i, 84, 112),)) for i in range(examples)], history, kind)
 
 
-def bigger(dtype: torch.dtype, frozen: bool) -> Embedder:
+def bigger(dtype: torch.dtype, frozen: bool, kind: str = "qwen2_vl") -> Embedder:
     """Other proportions than the tiny model's: wider MLP, fewer key/value heads, other width of the vision tower."""
     register_attention()
-    tree = copy.deepcopy(new_embedder().model.config).to_dict()
+    config = copy.deepcopy(new_embedder(kind).model.config)
+    tree = config.to_dict()
     rope = {**tree["text_config"]["rope_parameters"], "mrope_section": [4, 6, 6]}
     tree["text_config"] |= {
         "hidden_size": 256,
@@ -120,10 +121,15 @@ def bigger(dtype: torch.dtype, frozen: bool) -> Embedder:
         "num_hidden_layers": 5,
         "rope_parameters": rope,
     }
-    tree["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 5}
-    tree["vision_config"] |= {"embed_dim": 160, "depth": 4, "hidden_size": 256}
+    tree["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+    if kind == "qwen2_vl":
+        tree["text_config"] |= {"layer_types": ["full_attention"] * 5}
+        tree["vision_config"] |= {"embed_dim": 160, "depth": 4, "hidden_size": 256}
+    else:
+        tree["text_config"] |= {"head_dim": 32}
+        tree["vision_config"] |= {"hidden_size": 160, "intermediate_size": 560, "depth": 4, "out_hidden_size": 256}
     attention = {"": "muco_sdpa", "text_config": "muco_sdpa", "vision_config": "sdpa"}
-    model = Qwen2VLModel._from_config(Qwen2VLConfig(**tree), dtype=dtype, attn_implementation=attention)
+    model = FAMILIES[kind].model._from_config(type(config)(**tree), dtype=dtype, attn_implementation=attention)
     return Embedder(model, freeze_vision=frozen)
 
 
@@ -149,14 +155,20 @@ def peak_bytes(embedder: Embedder, batch: PackedBatch) -> int:
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "model, history", [("qwen2_vl", True), ("qwen2_5_vl", False), ("qwen3_vl", False), ("bigger", True)]
+    "kind, big, history",
+    [
+        ("qwen2_vl", False, True),
+        ("qwen2_5_vl", False, False),
+        ("qwen3_vl", False, False),
+        ("qwen2_vl", True, True),
+        ("qwen3_vl", True, True),
+    ],
 )
 def test_activations_are_what_is_really_needed(
-    model: str, history: bool, precision: str, frozen: bool, checkpointing: bool
+    kind: str, big: bool, history: bool, precision: str, frozen: bool, checkpointing: bool
 ) -> None:
-    kind = "qwen2_vl" if model == "bigger" else model
     dtype = DTYPES[precision]
-    made = bigger(dtype, frozen) if model == "bigger" else new_embedder(kind, dtype=dtype, freeze_vision=frozen)
+    made = bigger(dtype, frozen, kind) if big else new_embedder(kind, dtype=dtype, freeze_vision=frozen)
     if checkpointing:
         getattr(made.model, "activation_checkpointing_enable", made.model.gradient_checkpointing_enable)()
     batch = packed(8, history, kind)
@@ -178,11 +190,12 @@ def load_of(batch: PackedBatch) -> Load:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_autograd_keeps_what_a_layer_is_said_to_keep(precision: str) -> None:
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_autograd_keeps_what_a_layer_is_said_to_keep(kind: str, precision: str) -> None:
     """Distinct storages that autograd saves in one decoder layer more, and in one vision block more."""
     dtype = DTYPES[precision]
-    batch = packed(6, history=False)
-    made = bigger(dtype, frozen=False)
+    batch = packed(6, history=False, kind=kind)
+    made = bigger(dtype, False, kind)
     text, vision = text_shape(made.model.config), vision_shape(made.model.config)
     whole = saved_bytes(made, batch)
     made.model.language_model.layers = made.model.language_model.layers[:-1]
