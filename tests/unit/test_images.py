@@ -226,6 +226,8 @@ def test_the_placeholder_is_one_token(model: Path) -> None:
 def test_the_settings_of_the_folder_hold() -> None:
     """Qwen3-VL's: black is -1 and white 1; a token is 32 x 32 px."""
     pipeline = limited(model_folder("qwen3_vl"), MIN_PIXELS, MAX_PIXELS)
-    values = [np.unique(pipeline.patches(Image.new("RGB", (64, 96), colour)).pixels_PC) for colour in ("black", "white")]
+    values = [
+        np.unique(pipeline.patches(Image.new("RGB", (64, 96), colour)).pixels_PC) for colour in ("black", "white")
+    ]
     assert values[0] == pytest.approx([-1]) and values[1] == pytest.approx([1])
     assert pipeline.grid(64, 96) == (1, 6, 4) and pipeline.tokens((1, 6, 4)) == 6
