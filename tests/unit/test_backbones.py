@@ -94,12 +94,12 @@ def test_weights_in_bf16_are_compared_after_rounding() -> None:
 
 
 def as_released(name: str) -> str:
-    """`visual.*` and `model.layers.*`: the published checkpoints up to Qwen2.5-VL, and what transformers still writes."""
+    """`visual.*` and `model.layers.*`: published checkpoints up to Qwen2.5-VL, and what transformers writes of them."""
     return name if name.startswith("visual.") else f"model.{canonical_name(name)}"
 
 
 def as_nested(name: str) -> str:
-    """`model.visual.*` and `model.language_model.*`: the generating model's own names since 4.52, Qwen3-VL's release."""
+    """`model.visual.*` and `model.language_model.*`: the generating model's own names, in which Qwen3-VL is published."""
     return f"model.{as_bare_model(name)}"
 
 
