@@ -99,7 +99,7 @@ def as_released(name: str) -> str:
 
 
 def as_nested(name: str) -> str:
-    """`model.visual.*` and `model.language_model.*`: the generating model's own names, in which Qwen3-VL is published."""
+    """`model.visual.*` and `model.language_model.*`: the generating model's own names, and Qwen3-VL's release."""
     return f"model.{as_bare_model(name)}"
 
 
