@@ -61,7 +61,7 @@ class ModelOptions:
     """The backbone and how it is run.
 
     Args:
-        path: Folder of a Hugging Face model (Qwen2-VL class).
+        path: Folder of a Hugging Face model (Qwen2-VL, Qwen2.5-VL or Qwen3-VL).
         pool_token: Token whose last state is the embedding; "<|im_end|>" needs no new token.
         freeze_vision: Keep the vision tower's weights fixed (paper: yes).
         attention: Backend of the packed attention; "auto" takes the fastest that is installed.
@@ -103,7 +103,8 @@ class DataOptions:
         val: Held-out rows, same forms as `train`; null: none.
         index_dir: Folder of the length index; null: beside the data.
         workers: Loader processes per rank; 0 loads in the training process.
-        min_pixels: Smaller pictures are enlarged to this many pixels (paper: 256 * 28 * 28).
+        min_pixels: Smaller pictures are enlarged to this many pixels (paper: 256 * 28 * 28; a token of Qwen3-VL is
+            32 * 32 pixels).
         max_pixels: Larger pictures are reduced to this many pixels (paper: 1280 * 28 * 28).
         short_side: Resize the short side to this many pixels first; null: do not (paper's pre-training: 640).
     """

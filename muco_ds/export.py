@@ -25,7 +25,8 @@ from muco_ds.checkpoint import MANIFEST, TAG, Checkpoints, read_meta
 from muco_ds.errors import UserError
 from muco_ds.export_adapter import Adapter, Weight
 from muco_ds.export_st import read_json, write_json, write_processing, write_sentence_transformers
-from muco_ds.models.backbones import BACKBONES, load_backbone, load_config
+from muco_ds.families import FAMILIES
+from muco_ds.models.backbones import load_backbone, load_config
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_settings
@@ -230,7 +231,7 @@ def _joined(shape: torch.Size, slices: list[Slice]) -> Weight:
 
 def _check_complete(weights: dict[str, Weight], config: PretrainedConfig, checkpoint: Path) -> None:
     with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in BACKBONES[config.model_type](config).named_parameters()}
+        expected = {name: weight.shape for name, weight in FAMILIES[config.model_type].model(config).named_parameters()}
     for name, shape in expected.items():
         if name not in weights:
             raise UserError(f"{checkpoint}: lacks the weight '{name}': convert another checkpoint")
@@ -261,7 +262,7 @@ def write_weights(folder: Path, weights: dict[str, Weight], dtype: torch.dtype, 
 
 def _write_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
     raw = read_json(folder / "config.json")
-    raw["architectures"] = [BACKBONES[config.model_type].__name__]
+    raw["architectures"] = [FAMILIES[config.model_type].model.__name__]
     for section in (raw, raw["text_config"], raw["vision_config"]):
         section["dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", raw)

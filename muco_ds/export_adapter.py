@@ -17,7 +17,8 @@ from transformers import PretrainedConfig
 
 from muco_ds.config_lora import LoraOptions
 from muco_ds.errors import UserError
-from muco_ds.models.backbones import BACKBONES, canonical_name, load_config, load_tokenizer, new_rows, tensor_files
+from muco_ds.families import FAMILIES
+from muco_ds.models.backbones import canonical_name, load_config, load_tokenizer, new_rows, tensor_files
 from muco_ds.models.lora import ADAPTER, TABLE, base_digest, peft_config
 
 ROWS = f"{TABLE}.trained_rows"
@@ -61,7 +62,7 @@ class Adapter:
     def merged(self, config: PretrainedConfig) -> dict[str, Weight]:
         """All weights of the stock model, each put together in float32 when read."""
         with torch.device("meta"):
-            shapes = {name: p.shape for name, p in BACKBONES[config.model_type](config).named_parameters()}
+            shapes = {name: p.shape for name, p in FAMILIES[config.model_type].model(config).named_parameters()}
         files = {canonical_name(name): (file, name) for name, file in tensor_files(self.base)}
         return {
             name: Weight(shape, self._reader(name, shape, *files[canonical_name(name)]))
@@ -104,7 +105,7 @@ class Adapter:
                 f"{self.base}: has {rows} rows, none for the new tokens, and peft adds none: leave out --no-merge_lora"
             )
         with torch.device("meta"):
-            description = peft_config(BACKBONES[config.model_type](config), self.options)
+            description = peft_config(FAMILIES[config.model_type].model(config), self.options)
         description.base_model_name_or_path = self.base
         description.inference_mode = True
         if self.rows:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from muco_ds.data.templates import END, IMAGE_PAD, SYSTEM_PROMPT, VISION_END, VISION_START
+from muco_ds.families import FAMILIES
 from muco_ds.models.folder import Settings
-
-PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 
 # All output stands in expressions and every tag strips its surroundings, so the layout of this text renders as nothing.
 _TEMPLATE = r"""
@@ -100,9 +99,9 @@ def write_processing(folder: Path, settings: Settings, model_type: str) -> None:
     videos = {name: value for name, value in images.items() if name != "image_processor_type"}
     # Written by hand: the stock processor needs torchvision to be built, and saves nothing without its video part.
     processor = {
-        "processor_class": PROCESSORS[model_type],
+        "processor_class": FAMILIES[model_type].processor,
         "image_processor": images,
-        "video_processor": {**videos, "video_processor_type": "Qwen2VLVideoProcessor"},
+        "video_processor": {**videos, "video_processor_type": FAMILIES[model_type].video_processor},
     }
     write_json(folder / "processor_config.json", processor)
 

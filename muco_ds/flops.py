@@ -1,6 +1,6 @@
 """Model FLOPs of both towers: the plan balances ranks on them and MFU is reported against them.
 
-Counted: matrix products of the vision tower, its merger and the text layers, and attention over the pairs that are
+Counted: matrix products of the vision tower, its mergers and the text layers, and attention over the pairs that are
 really attended (causal halves it). Not counted: the embedding table, the unused vocabulary head, recomputation, DoRA's
 lengths of rows.
 """
@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from muco_ds.config_lora import LoraOptions
+from muco_ds.families import VisionShape, text_shape, vision_shape
 
 PEAK_BF16_FLOPS = {
     # Dense bf16 with fp32 accumulation, from NVIDIA's data sheets of each product.
@@ -49,25 +50,19 @@ class FlopsModel:
     def from_config(
         cls, config: PretrainedConfig, *, train_vision: bool, lora: LoraOptions | None = None
     ) -> FlopsModel:
-        """From a Qwen2-VL or Qwen2.5-VL configuration."""
+        """From the configuration of a supported backbone."""
         rank = 0 if lora is None else lora.rank
-        text, vision = config.text_config, config.vision_config
-        hidden, heads = text.hidden_size, text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or hidden // heads
-        projections = hidden * head_dim * (2 * heads + 2 * text.num_key_value_heads)
-        layer = projections + 3 * hidden * text.intermediate_size
-        adapted = 2 * (hidden + heads * head_dim) + 2 * (hidden + text.num_key_value_heads * head_dim)
-        adapted += 3 * (hidden + text.intermediate_size)
-        per_patch, per_patch_pair = _vision(vision, hidden)
+        text, vision = text_shape(config), vision_shape(config)
+        per_patch, per_patch_pair = _vision(vision)
         return cls(
-            per_token=2.0 * layer * text.num_hidden_layers,
-            per_token_pair=4.0 * heads * head_dim * text.num_hidden_layers,
+            per_token=2.0 * _weights(text.linears) * text.layers,
+            per_token_pair=4.0 * text.queries * text.layers,
             per_patch=per_patch,
             per_patch_pair=per_patch_pair,
             train_vision=train_vision,
             adapter=rank > 0,
-            adapter_per_token=2.0 * rank * adapted * text.num_hidden_layers,
-            adapter_per_patch=2.0 * rank * _vision_adapted(vision, hidden) if train_vision else 0.0,
+            adapter_per_token=2.0 * rank * _ends(text.linears) * text.layers,
+            adapter_per_patch=2.0 * rank * _vision_ends(vision) if train_vision else 0.0,
         )
 
     def training(self, tokens, token_pairs, patches, patch_pairs):  # type: ignore[no-untyped-def]
@@ -84,30 +79,27 @@ class FlopsModel:
         return text + vision + 3.0 * self.adapter_per_patch * patches
 
 
-def _vision(vision: PretrainedConfig, hidden: int) -> tuple[float, float]:
-    merge = vision.spatial_merge_size**2
-    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    windowed = getattr(vision, "fullatt_block_indexes", None)
-    width = vision.embed_dim if windowed is None else vision.hidden_size
-    mlp = 2 * width * int(width * vision.mlp_ratio) if windowed is None else 3 * width * vision.intermediate_size
-    merger = ((merge * width) ** 2 + merge * width * hidden) / merge
-    per_patch = 2.0 * (patch_values * width + vision.depth * (4 * width**2 + mlp) + merger)
-    per_pair = 4.0 * width
-    if windowed is None:
-        return per_patch, per_pair * vision.depth
-    # Qwen2.5-VL: most layers attend inside windows of a fixed number of patches, which is linear in the patches.
-    window_patches = (vision.window_size // vision.patch_size) ** 2
-    window_layers = vision.depth - len(windowed)
-    return per_patch + per_pair * window_layers * window_patches, per_pair * len(windowed)
+def _vision(vision: VisionShape) -> tuple[float, float]:
+    """FLOPs per patch, and per pair of patches of one picture."""
+    mergers = vision.features * _weights(vision.merger_linears) / vision.merge
+    per_patch = 2.0 * (vision.pixels * vision.width + vision.depth * _weights(vision.linears) + mergers)
+    # Attention inside windows of a fixed number of patches is linear in the patches.
+    windows = 4.0 * vision.width * vision.window_layers * vision.window_patches
+    return per_patch + windows, 4.0 * vision.width * (vision.depth - vision.window_layers)
 
 
-def _vision_adapted(vision: PretrainedConfig, hidden: int) -> float:
-    """Inputs and outputs of the linear layers of the tower and its merger, by patch."""
-    merged = vision.spatial_merge_size**2
-    windowed = getattr(vision, "fullatt_block_indexes", None)
-    width = vision.embed_dim if windowed is None else vision.hidden_size
-    mlp = 2 * (width + int(width * vision.mlp_ratio)) if windowed is None else 3 * (width + vision.intermediate_size)
-    return vision.depth * (6 * width + mlp) + (3 * merged * width + hidden) / merged
+def _vision_ends(vision: VisionShape) -> float:
+    """Inputs and outputs of all linear layers of the tower and its mergers, by patch."""
+    mergers = vision.features * _ends(vision.merger_linears) / vision.merge
+    return vision.depth * _ends(vision.linears) + mergers
+
+
+def _weights(linears: list[tuple[int, int]]) -> int:
+    return sum(inputs * outputs for inputs, outputs in linears)
+
+
+def _ends(linears: list[tuple[int, int]]) -> int:
+    return sum(inputs + outputs for inputs, outputs in linears)
 
 
 def peak_flops(device: torch.device) -> float | None:

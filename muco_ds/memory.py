@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig
 
 from muco_ds.config_lora import LoraOptions
-from muco_ds.models.backbones import BACKBONES
+from muco_ds.families import FAMILIES, TextShape, VisionShape, text_shape, vision_shape
 from muco_ds.models.embedder import KEPT_ON_DEVICE
 from muco_ds.models.lora import adapted_layers, adapter_sizes
 
@@ -128,7 +128,7 @@ def parameters(
 ) -> list[Weight]:
     """Every parameter, counted on the meta device, where tensors have no content."""
     with torch.device("meta"):
-        model = BACKBONES[backbone.model_type](backbone)
+        model = FAMILIES[backbone.model_type].model(backbone)
     rows = max(vocabulary, backbone.text_config.vocab_size)
     weights = []
     for name, parameter in model.named_parameters():
@@ -245,12 +245,11 @@ def _update(weights: list[Weight], ds_config: dict[str, Any], width: int, world_
 def _inputs(backbone: PretrainedConfig, load: Load, width: int, freeze_vision: bool) -> int:
     """A pack is on the device while it is worked on; float32 pixels are most of it. Of a frozen tower's output, which
     is kept from pass one to pass two where there are several packs, `KEPT_ON_DEVICE` bytes stay there."""
-    vision, text = backbone.vision_config, backbone.text_config
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    vision = vision_shape(backbone)
     ids = 8 * 6 * load.tokens  # token id, four positions, one index
-    cast = width * pixels * load.patches if width < 4 else 0
-    kept = min(KEPT_ON_DEVICE, width * text.hidden_size * load.rank_patches // vision.spatial_merge_size**2)
-    return 4 * pixels * load.patches + cast + ids + (kept if freeze_vision and load.packs > 1 else 0)
+    cast = width * vision.pixels * load.patches if width < 4 else 0
+    kept = min(KEPT_ON_DEVICE, _features(vision, load.rank_patches, width))
+    return 4 * vision.pixels * load.patches + cast + ids + (kept if freeze_vision and load.packs > 1 else 0)
 
 
 def activation_bytes(
@@ -269,29 +268,29 @@ def activation_bytes(
     time. The text tower goes first in the backward pass, when what the vision tower keeps is still there. A frozen
     vision tower keeps nothing but must get through one block at a time before the text tower begins.
     """
-    text, vision = backbone.text_config, backbone.vision_config
+    text, vision = text_shape(backbone), vision_shape(backbone)
     text_layer = text_layer_bytes(text, load.tokens, load.attended, width, fused_attention)
-    text_layer += adapter_bytes(_text_linears(text), load.tokens, width, lora)
-    text_working = 3 * width * text.intermediate_size * load.tokens  # gradients of the three inner MLP tensors
+    text_layer += adapter_bytes(text.linears, load.tokens, width, lora)
+    text_working = 3 * width * text.inner * load.tokens  # gradients of the three inner MLP tensors
     if lora.dora:  # to find the rows' lengths: the update, scaled, and added to the weight
-        text_working += 3 * width * max(inputs * outputs for inputs, outputs in _text_linears(text))
-    rotary = 2 * width * load.tokens * (text.hidden_size // text.num_attention_heads)
-    layer_inputs = width * text.hidden_size * load.tokens
-    features = width * text.hidden_size * load.patches // vision.spatial_merge_size**2
+        text_working += 3 * width * max(inputs * outputs for inputs, outputs in text.linears)
+    rotary = 2 * width * load.tokens * text.head_dim
+    layer_inputs = width * text.hidden * load.tokens
     block = vision_block_bytes(vision, load.patches, width, fused_attention)
-    block += adapter_bytes(_vision_linears(vision), load.patches, width, lora)
-    mlp = 3 * width * load.patches * _vision_sizes(vision)[1]
-    block_inputs = width * _vision_sizes(vision)[0] * load.patches
-    merger = 4 * block_inputs
+    block += adapter_bytes(vision.linears, load.patches, width, lora)
+    mlp = 3 * width * load.patches * vision.inner
+    block_inputs = width * vision.width * load.patches
+    merger = (4 + 3 * vision.deep) * block_inputs  # the input of an earlier block's merger is that of the next block
+    # Position embeddings as looked up, times their float32 weights.
+    positions = vision.position_taps * (width + 4) * vision.width * load.patches
     if freeze_vision:
-        vision_kept, vision_peak = features, 2 * block_inputs + mlp
+        vision_kept, vision_peak = _features(vision, load.patches, width), max(2 * block_inputs + mlp, positions)
     elif checkpointing:
         vision_kept = vision.depth * block_inputs + merger
         vision_peak = vision_kept + block + mlp
     else:
         vision_kept = vision_peak = vision.depth * block + merger
-    layers = text.num_hidden_layers
-    text_kept = layers * layer_inputs + text_layer if checkpointing else layers * text_layer
+    text_kept = text.layers * layer_inputs + text_layer if checkpointing else text.layers * text_layer
     return max(rotary + text_kept + text_working + vision_kept, vision_peak)
 
 
@@ -307,52 +306,38 @@ def adapter_bytes(linears: list[tuple[int, int]], rows: int, width: int, lora: L
     return rows * sum(width * lora.rank + dropout * inputs + outputs * output for inputs, output in linears)
 
 
-def _text_linears(text: PretrainedConfig) -> list[tuple[int, int]]:
-    hidden, inner = text.hidden_size, text.intermediate_size
-    key_values = hidden // text.num_attention_heads * text.num_key_value_heads
-    return [*[(hidden, hidden)] * 2, *[(hidden, key_values)] * 2, *[(hidden, inner)] * 2, (inner, hidden)]
+def _features(vision: VisionShape, patches: int, width: int) -> int:
+    return width * vision.out * vision.features * patches // vision.merge
 
 
-def _vision_linears(vision: PretrainedConfig) -> list[tuple[int, int]]:
-    size, inner = _vision_sizes(vision)
-    gated = getattr(vision, "fullatt_block_indexes", None) is not None
-    return [(size, 3 * size), (size, size), *[(size, inner)] * (2 if gated else 1), (inner, size)]
-
-
-def text_layer_bytes(text: PretrainedConfig, tokens: int, attended: int, width: int, fused: bool) -> int:
+def text_layer_bytes(text: TextShape, tokens: int, attended: int, width: int, fused: bool) -> int:
     """Kept by one decoder layer.
 
     - RMSNorm, twice: its input in float32 (in fp32 the residual stream itself), the normalised row, and the row times
       the weight, which is the input of the projections.
+    - Norms of queries and keys, where there are any: the same, except that what comes out is not kept.
     - Attention: rotated queries, keys and values of the rows attended to, the output (input of the last projection),
       and one float32 log-sum-exp a head. Grouped SDPA repeats keys and values to all heads and keeps its output apart
       from that of the regrouping.
     - SwiGLU: gate, its activation, up, and their product.
     """
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    key_values = hidden // heads * (heads if not fused else text.num_key_value_heads)
-    norms = 2 * (4 + 2 * width) * hidden * tokens
+    key_values = text.keys if fused else text.queries
+    norms = 2 * (4 + 2 * width) * text.hidden * tokens
+    if text.normed_heads:
+        norms += (4 + width) * (text.queries + text.keys) * tokens
     outputs = 2 if fused else 3
-    attention = width * (outputs * hidden * tokens + 2 * key_values * attended) + 4 * heads * tokens
-    return norms + attention + 4 * width * text.intermediate_size * tokens
+    attention = width * (outputs * text.queries * tokens + 2 * key_values * attended) + 4 * text.heads * tokens
+    return norms + attention + 4 * width * text.inner * tokens
 
 
-def vision_block_bytes(vision: PretrainedConfig, patches: int, width: int, fused: bool) -> int:
+def vision_block_bytes(vision: VisionShape, patches: int, width: int, fused: bool) -> int:
     """Kept by one block of the vision tower.
 
     LayerNorm keeps its input and output (float32 RMSNorm in Qwen2.5-VL: as in the text tower), attention the joint
     projection (values are a view of it), rotated queries and keys, and the output, twice where pictures are joined
-    after SDPA; the MLP its inner tensors: before, gate and after of quick-GELU, or four of SwiGLU.
+    after SDPA; the MLP its inner tensors.
     """
-    size, inner = _vision_sizes(vision)
-    windowed = getattr(vision, "fullatt_block_indexes", None) is not None
-    norms = 2 * (4 + 2 * width) * size if windowed else 2 * 2 * width * size
-    attention = width * size * (3 + 2 + (1 if fused else 2)) + 4 * vision.num_heads
-    return patches * (norms + attention + (4 if windowed else 3) * width * inner)
-
-
-def _vision_sizes(vision: PretrainedConfig) -> tuple[int, int]:
-    """Width of the blocks and of their MLP."""
-    if getattr(vision, "fullatt_block_indexes", None) is not None:
-        return vision.hidden_size, vision.intermediate_size
-    return vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio)
+    size = vision.width
+    norms = 2 * (4 + 2 * width) * size if vision.gated else 2 * 2 * width * size
+    attention = width * size * (3 + 2 + (1 if fused else 2)) + 4 * vision.heads
+    return patches * (norms + attention + vision.activation_tensors * width * vision.inner)

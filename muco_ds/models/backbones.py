@@ -11,24 +11,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLModel,
-    Qwen2VLModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from muco_ds.data.templates import MASK
 from muco_ds.errors import UserError
+from muco_ds.families import FAMILIES
 from muco_ds.models.attention import BACKENDS, register_attention
 
 log = logging.getLogger(__name__)
-
-BACKBONES: dict[str, type[PreTrainedModel]] = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
 
 EMB_TOKEN = "<|emb|>"
 
@@ -42,11 +33,11 @@ def load_config(path: str) -> PretrainedConfig:
             model_type = json.load(file).get("model_type")
     except (ValueError, AttributeError) as error:
         raise UserError(f"model.path: '{path}' holds a config.json that is no JSON object: copy it again") from error
-    if model_type not in BACKBONES:
-        raise UserError(f"model.path: '{path}' is a '{model_type}' model; supported: {', '.join(BACKBONES)}")
+    if model_type not in FAMILIES:
+        raise UserError(f"model.path: '{path}' is a '{model_type}' model; supported: {', '.join(FAMILIES)}")
     config = AutoConfig.from_pretrained(path)
     text = config.text_config
-    if "sliding_attention" in text.layer_types or text.attention_dropout:
+    if "sliding_attention" in getattr(text, "layer_types", ()) or text.attention_dropout:
         raise UserError(f"model.path: '{path}' uses sliding windows or attention dropout: packed attention has neither")
     return config
 
@@ -101,7 +92,7 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
     text_attention = BACKENDS[attention]
     implementation = {"": text_attention, "text_config": text_attention, "vision_config": _vision_attention(dtype)}
     try:
-        model = BACKBONES[config.model_type].from_pretrained(
+        model = FAMILIES[config.model_type].model.from_pretrained(
             path,
             config=config,
             dtype=dtype,

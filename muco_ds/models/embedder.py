@@ -67,31 +67,40 @@ class DeviceRoom:
     left: int = KEPT_ON_DEVICE
 
 
+Features = tuple[torch.Tensor, ...]
+"""What the vision tower hands to the text tower, each [N, D] for N `<|image_pad|>` tokens: the inputs of these tokens,
+then, where the family has them (Qwen3-VL), what is added to them behind the first, the second, ... layer."""
+
+
 class KeptVision:
     """Output of a frozen vision tower for one pack, between the two passes of a gradient cache."""
 
     def __init__(self, room: DeviceRoom) -> None:
         self._room = room
-        self._features_ND: torch.Tensor | None = None
+        self._features: Features | None = None
 
     @property
     def filled(self) -> bool:
         """Whether the tower has run, and pixels are not needed any more."""
-        return self._features_ND is not None
+        return self._features is not None
 
-    def put(self, features_ND: torch.Tensor) -> None:
+    def put(self, features: Features) -> None:
         """Keep the features, on their device while there is room for them."""
-        if features_ND.nbytes > self._room.left:
-            host_ND = torch.empty_like(features_ND, device="cpu", pin_memory=features_ND.is_cuda)
-            # Both copies are queued on the stream that computes: neither is waited for, and their order is kept.
-            features_ND = host_ND.copy_(features_ND, non_blocking=True)
-        else:
-            self._room.left -= features_ND.nbytes
-        self._features_ND = features_ND
+        self._features = tuple(self._placed(features_ND) for features_ND in features)
 
-    def get(self, device: torch.device) -> torch.Tensor | None:
+    def _placed(self, features_ND: torch.Tensor) -> torch.Tensor:
+        if features_ND.nbytes <= self._room.left:
+            self._room.left -= features_ND.nbytes
+            return features_ND
+        host_ND = torch.empty_like(features_ND, device="cpu", pin_memory=features_ND.is_cuda)
+        # Both copies are queued on the stream that computes: neither is waited for, and their order is kept.
+        return host_ND.copy_(features_ND, non_blocking=True)
+
+    def get(self, device: torch.device) -> Features | None:
         """What was put, on `device`; None before."""
-        return None if self._features_ND is None else self._features_ND.to(device, non_blocking=True)
+        if self._features is None:
+            return None
+        return tuple(features_ND.to(device, non_blocking=True) for features_ND in self._features)
 
 
 class Embedder(nn.Module):
@@ -164,33 +173,36 @@ class Embedder(nn.Module):
                 second.
         """
         text = self.model.language_model
+        image_1T = (batch.input_ids_T == self.model.config.image_token_id)[None]
+        features_ND, *deep = self._vision(batch, kept)
         inputs_1TD = text.embed_tokens(batch.input_ids_T)[None]
-        inputs_1TD = self._with_images(inputs_1TD, batch, kept)
+        inputs_1TD = inputs_1TD.masked_scatter(image_1T[..., None], features_ND.to(inputs_1TD.dtype))
+        deepstack = {"visual_pos_masks": image_1T, "deepstack_visual_embeds": deep} if deep else {}
         with text.norm.at(batch.emb_index_E):
             out = text(
                 inputs_embeds=inputs_1TD,
                 position_ids=batch.position_ids_41T,
-                # A dict is taken as ready-made masks: no mask is built, `segments` says who attends to whom.
-                attention_mask={"full_attention": None, "sliding_attention": None},
+                attention_mask=None,  # attention that has no mask function gets none built: `segments` says it all
                 use_cache=False,
                 segments=batch.segments,
+                **deepstack,
             )
         return out.last_hidden_state
 
-    def _with_images(self, inputs_1TD: torch.Tensor, batch: PackedBatch, kept: KeptVision | None) -> torch.Tensor:
-        features_ND = None if kept is None else kept.get(inputs_1TD.device)
-        if features_ND is None:
+    def _vision(self, batch: PackedBatch, kept: KeptVision | None) -> Features:
+        features = None if kept is None else kept.get(batch.input_ids_T.device)
+        if features is None:
             visual = self.model.visual
             with torch.no_grad() if self.freeze_vision else nullcontext():
-                features_ND = visual(batch.pixels_PC.to(visual.dtype), grid_thw=batch.grid_thw_I3).pooler_output
+                out = visual(batch.pixels_PC.to(visual.dtype), grid_thw=batch.grid_thw_I3)
+            features = (out.pooler_output, *getattr(out, "deepstack_features", ()))
             if kept is not None and self.freeze_vision:
-                kept.put(features_ND)
-        features_ND = features_ND.to(inputs_1TD.dtype)
-        if not batch.has_images:
-            # The dummy picture keeps ranks in step (ZeRO-3 gathers, gradient reductions) and must change nothing.
-            return inputs_1TD + 0.0 * features_ND.sum()
-        image_1T1 = (batch.input_ids_T == self.model.config.image_token_id)[None, :, None]
-        return inputs_1TD.masked_scatter(image_1T1, features_ND)
+                kept.put(features)
+        if batch.has_images:
+            return features
+        # The dummy picture keeps ranks in step (ZeRO-3 gathers, gradient reductions) and must change nothing: none of
+        # its rows is used, and yet the output of every merger stays in the graph.
+        return tuple(features_ND[:0] for features_ND in features)
 
 
 def _dialogue(position: int, item: Item) -> Dialogue:

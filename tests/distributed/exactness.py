@@ -1,6 +1,6 @@
 """Three steps of the real Trainer in many settings, against a plain loop in one process on whole batches.
 
-    python tests/distributed/exactness.py [--ranks 1 2 4]
+    python tests/distributed/exactness.py [--ranks 1 2 4] [--family qwen3_vl]
 
 runs the whole grid, {1, 2, 4 ranks} x {1, 3 packs} x {ZeRO 0, 2, 3} x {activation checkpointing} x {vision frozen,
 trained}, and fine-tuning with reconstruction on every ZeRO stage, in fp32 and prints a table in Markdown. Every batch
@@ -48,6 +48,9 @@ from muco_ds.models.embedder import Embedder
 from muco_ds.optim import build_optimizer, learning_rate
 from muco_ds.trainer import Trainer
 
+sys.path.append(str(Path(__file__).parents[1]))  # where pytest finds it, and this file as a program does not
+from tiny_folders import KINDS, change_family
+
 IMAGES, STEPS = 24, 3
 
 
@@ -90,10 +93,12 @@ def grid() -> list[Setting]:
     return [*cells, *(Setting(3, stage, False, frozen=stage == 2, finetune=True) for stage in (0, 2, 3))]
 
 
-def write_rows(folder: Path, scenes: int = 80) -> None:
+def write_rows(folder: Path, scenes: int = 80, kind: str = "qwen2_vl") -> None:
     """A tiny model and a parquet of ragged rows, a third of them without a picture."""
     rows = write_data(folder / "data", scenes, 1, seed=0)
     write_model(folder / "model", row_texts(rows), seed=0)
+    if kind != "qwen2_vl":
+        change_family(folder / "model", kind)
     for i, row in enumerate(rows):
         turns = 1 + (3 * i) % 7
         for column in ("qry", "pos_text", "pos_sentence", "neg_text"):
@@ -265,12 +270,13 @@ def measure(folder: Path, ranks: int, settings: Sequence[Setting]) -> list[Error
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--family", choices=KINDS, default="qwen2_vl")
     args = parser.parse_args()
     worst = 0.0
     print("| task | ranks | packs | ZeRO | checkpointing | vision | loss | gradients | weights |")
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        write_rows(Path(name))
+        write_rows(Path(name), kind=args.family)
         for ranks in args.ranks:
             for setting, found in zip(grid(), measure(Path(name), ranks, grid()), strict=True):
                 cells = [

@@ -30,6 +30,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exactness_qwen3")
+    write_rows(folder, kind="qwen3_vl")
+    return folder
+
+
+QWEN3_CELLS = [Setting(3, 3, checkpointing=True, frozen=False), Setting(3, 3, checkpointing=False, frozen=True)]
+
+
+def test_deep_stacked_features_go_through_the_gradient_cache_exactly(qwen3_folder: Path) -> None:
+    for setting, found in zip(QWEN3_CELLS, measure(qwen3_folder, 2, QWEN3_CELLS), strict=True):
+        assert found.worst() < 1e-5, f"{setting}: {found}"
+
+
 @pytest.mark.parametrize("ranks", CELLS)
 def test_loss_gradients_and_weights_are_those_of_one_process(ranks: int, folder: Path) -> None:
     for setting, found in zip(CELLS[ranks], measure(folder, ranks, CELLS[ranks]), strict=True):

@@ -42,8 +42,10 @@ def main() -> None:
 
     embedder = Embedder.from_pretrained(path, device="cpu", dtype=torch.float32)
     model = SentenceTransformer(path, device="cpu", local_files_only=True)
-    # Multiples of 28 px within the model's limits: these sizes are not resized.
-    a, b, c = picture(84, 84), picture(56, 112), picture(56, 56)
+    assert embedder.packer is not None
+    side = embedder.packer.images.factor
+    # Whole tokens within the model's limits: these sizes are not resized.
+    a, b, c = picture(3 * side, 3 * side), picture(2 * side, 4 * side), picture(2 * side, 2 * side)
     batches: dict[str, list] = {
         "texts": ["Where is the red circle?", "x", "  In the top left corner,\nbelow the green one.  "],
         "pictures": [a, b, c],
@@ -56,16 +58,15 @@ def main() -> None:
     result["resized"] = difference(model.encode(resized[:2]), embedder.encode(resized[:2]))
 
     processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    assert embedder.packer is not None
     ids_equal = []
     for pictures, text in (([], "Where?"), ([a], ""), ([b], "What is it?"), ([a, resized[0]], "Which?")):
         content = [{"type": "text", "text": text}, *({"type": "image", "image": image} for image in pictures)]
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="np"
         )
-        side = Side(QUERY, Dialogue((text,), tuple(pictures)), history=False, ids_k3=np.zeros((1, 3), np.int64))
+        asked = Side(QUERY, Dialogue((text,), tuple(pictures)), history=False, ids_k3=np.zeros((1, 3), np.int64))
         ids_equal.append(
-            prompt["input_ids"][0].tolist() == embedder.packer.pack([side], replace_broken=False).input_ids_T.tolist()
+            prompt["input_ids"][0].tolist() == embedder.packer.pack([asked], replace_broken=False).input_ids_T.tolist()
         )
     del libraries
     print(json.dumps({"differences": result, "ids_equal": ids_equal, "limit": model.max_seq_length}))

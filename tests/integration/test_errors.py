@@ -96,7 +96,7 @@ CASES = {
     "turn counts": Case(turns_differ, ("turns.parquet", "row 0", "qry has 7 turns but pos_text has 6"), 2),
     "text too long": Case({"batch.pack_tokens": 100}, ("row ", "tokens", "batch.pack_tokens=100", "raise"), 2),
     "no usable picture": Case(no_good_picture, ("train.parquet", "no usable row", "row 0", "00000.png")),
-    "unknown model type": Case(other_model_type, ("model.path", "'bert'", "qwen2_vl, qwen2_5_vl")),
+    "unknown model type": Case(other_model_type, ("model.path", "'bert'", "qwen2_vl, qwen2_5_vl, qwen3_vl")),
     "no config.json": Case(lambda _, folder: {"model.path": folder}, ("model.path", "config.json", "give")),
     "fewer examples than ranks": Case({"batch.images": 2}, ("batch.images=2", "3 ranks", "raise it"), 3),
     "fewer rows than a batch": Case({"batch.images": 65}, ("batch.images=65", "64 usable rows", "lower")),

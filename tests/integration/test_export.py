@@ -10,22 +10,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, Qwen2VLModel
+from transformers import AutoModel, Qwen2VLModel, Qwen3VLModel
 
 from muco_ds.checkpoint import MANIFEST, TAG
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 from muco_ds.export import PREFIX, Exported, export_checkpoint
 from muco_ds.export_st import chat_template
-from muco_ds.models.backbones import load_tokenizer
+from muco_ds.models.backbones import canonical_name, load_tokenizer
 
 from programs import REPOSITORY, Demo, Programs
+from tiny_folders import change_family
 
 CONVERT = REPOSITORY / "tools" / "convert_ckpt.py"
 FROZEN = "visual.blocks.0.attn.qkv.weight"
@@ -39,10 +41,12 @@ class Layout:
     ranks: int
     precision: str
     freeze_vision: bool
+    kind: str = "qwen2_vl"
 
 
 LAYOUTS = {
     "zero3": Layout(3, 2, "fp32", freeze_vision=False),
+    "zero3-qwen3": Layout(3, 2, "fp32", freeze_vision=False, kind="qwen3_vl"),
     "zero3-bf16-frozen": Layout(3, 3, "bf16", freeze_vision=True),
     "zero2-bf16-frozen": Layout(2, 2, "bf16", freeze_vision=True),
     "zero2": Layout(2, 1, "fp32", freeze_vision=False),
@@ -51,7 +55,24 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def trained(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def backbone(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Kind -> folder of the model that training starts from."""
+
+    @cache
+    def folder(kind: str) -> Path:
+        if kind == "qwen2_vl":
+            return demo.model
+        made = Path(shutil.copytree(demo.model, tmp_path_factory.mktemp(kind) / "model"))
+        change_family(made, kind)
+        return made
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(
+    demo: Demo, backbone: Callable[[str], Path], programs: Programs, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Name of a layout -> the run's folder, trained for three steps when first asked for."""
     runs: dict[str, Path] = {}
 
@@ -59,6 +80,8 @@ def trained(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFac
         if name not in runs:
             layout, out = LAYOUTS[name], tmp_path_factory.mktemp(name)
             overrides: dict[str, object] = {
+                "model.path": backbone(layout.kind),
+                "data.max_pixels": 96 * 96,  # three by three tokens, of 28 or 32 px
                 "run.max_steps": 3,
                 "run.precision": layout.precision,
                 "model.freeze_vision": str(layout.freeze_vision).lower(),
@@ -73,9 +96,11 @@ def trained(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFac
     return run
 
 
-@pytest.fixture(scope="module")
-def exported(trained: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_checkpoint(trained("zero3"), tmp_path_factory.mktemp("exported") / "model")
+@pytest.fixture(scope="module", params=["zero3", "zero3-qwen3"])
+def exported(
+    trained: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Exported:
+    return export_checkpoint(trained(request.param), tmp_path_factory.mktemp("exported") / "model")
 
 
 def write_deepspeed(path: Path, stage: int) -> Path:
@@ -120,7 +145,9 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_converted_is_trained(name: str, trained: Callable[[str], Path], demo: Demo, tmp_path: Path) -> None:
+def test_converted_is_trained(
+    name: str, trained: Callable[[str], Path], backbone: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The embeddings are those of the trained model, and each weight is the one that DeepSpeed itself puts together."""
     layout = LAYOUTS[name]
     exported = export_checkpoint(trained(name), tmp_path / "model")
@@ -135,7 +162,8 @@ def test_converted_is_trained(name: str, trained: Callable[[str], Path], demo: D
         assert written[key].dtype == dtype
         assert torch.equal(written[key], tensor.to(dtype)), key
 
-    start = load_file(demo.model / "model.safetensors")[FROZEN]
+    stored = load_file(backbone(layout.kind) / "model.safetensors")
+    (start,) = (tensor for key, tensor in stored.items() if canonical_name(key) == FROZEN)
     assert torch.equal(written[FROZEN], start.to(dtype)) == layout.freeze_vision
     assert not (tmp_path / "model.partial").exists()
 
@@ -149,17 +177,27 @@ def test_bf16_export_rounds_the_master_weights(trained: Callable[[str], Path], t
     assert AutoModel.from_pretrained(tmp_path / "model", dtype="auto").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("max_shard", ["4GB", "500KB"])
-def test_auto_model_finds_every_weight(max_shard: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "max_shard", "expected"),
+    [
+        ("zero3", "4GB", Qwen2VLModel),
+        ("zero3", "500KB", Qwen2VLModel),
+        ("zero3-qwen3", "4GB", Qwen3VLModel),
+        ("zero3-qwen3", "500KB", Qwen3VLModel),
+    ],
+)
+def test_auto_model_finds_every_weight(
+    name: str, max_shard: str, expected: type, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "model"
-    export_checkpoint(trained("zero3"), out, max_shard=max_shard)
+    export_checkpoint(trained(name), out, max_shard=max_shard)
     files = list(out.glob("*.safetensors"))
     assert (len(files) > 1) == (out / "model.safetensors.index.json").exists() == (max_shard == "500KB")
     assert max_shard == "4GB" or max(file.stat().st_size for file in files) < 520_000
     model, loading = AutoModel.from_pretrained(out, output_loading_info=True)
-    assert type(model) is Qwen2VLModel
+    assert type(model) is expected
     assert not any(loading.values()), loading
-    assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen2VLModel"]
+    assert json.loads((out / "config.json").read_text())["architectures"] == [expected.__name__]
     assert "model_max_length" not in json.loads((out / "tokenizer_config.json").read_text())
 
 

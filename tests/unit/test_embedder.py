@@ -15,7 +15,8 @@ from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.models.attention import segment_attention
 from muco_ds.models.embedder import DeviceRoom, Embedder, KeptVision
 
-from tiny_models import KINDS, POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue
+from tiny_folders import KINDS
+from tiny_models import POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue, stock_model
 
 ONE = Dialogue(("What is in the top left corner?",), (picture(1),))
 TEXT = Dialogue(("the colours are red and blue",))
@@ -154,12 +155,15 @@ def test_no_leak_of_nan_from_a_padded_neighbour(history: bool) -> None:
 # ---- gradients
 
 
-def gradients(model: Embedder, batch: PackedBatch) -> dict[str, torch.Tensor | None]:
+def gradients(model: Embedder, batch: PackedBatch, kept: KeptVision | None = None) -> dict[str, torch.Tensor | None]:
     model.zero_grad(set_to_none=True)
-    emb_ED = model(batch)
-    upstream_ED = torch.randn(emb_ED.shape, generator=torch.Generator().manual_seed(3)).to(emb_ED.dtype)
-    (emb_ED * upstream_ED).sum().backward()
+    emb_ED = model(batch, kept)
+    (emb_ED * upstream(emb_ED)).sum().backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def upstream(emb_ED: torch.Tensor) -> torch.Tensor:
+    return torch.randn(emb_ED.shape, generator=torch.Generator().manual_seed(3)).to(emb_ED.dtype)
 
 
 def assert_same(got: dict[str, torch.Tensor | None], want: dict[str, torch.Tensor | None], tolerance: float) -> None:
@@ -188,6 +192,26 @@ def test_gradients_of_sdpa_equal_those_of_the_dense_twin(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_sum_of_those_of_the_stock_model_on_each_turn_alone(kind: str) -> None:
+    """Pictures on either side of ragged dialogues, causal and isolated turns, in float64; the tower included."""
+    dialogues, histories = PACKS["mixed"]
+    dialogues, histories = [*dialogues, PACKS["several_pictures"][0][0], TEXT], [*histories, False, True]
+    got = gradients(new_embedder(kind, dtype=torch.float64), pack(dialogues, histories, kind))
+    stock = stock_model(kind, torch.float64)
+    alone_ED = torch.stack(
+        [
+            emb_D
+            for dialogue, history in zip(dialogues, histories, strict=True)
+            for emb_D in stock_dialogue(kind, "<|emb|>", dialogue, history, stock)
+        ]
+    )
+    (alone_ED * upstream(alone_ED)).sum().backward()
+    want = {f"model.{name}": parameter.grad for name, parameter in stock.named_parameters()}
+    assert sum(float(grad.norm()) > 1e-3 for grad in want.values() if grad is not None) > len(want) // 2
+    assert_same(got, want, 1e-5)  # norms and rotary tables compute in float32, ours pools in float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
     model = new_embedder(kind).train()
     batch = mixed_pack(kind)
@@ -200,10 +224,11 @@ def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
     assert_same(got, want, 1e-5)
 
 
-def test_frozen_vision_gets_no_gradient_and_changes_no_other() -> None:
-    batch = mixed_pack()
-    free = gradients(new_embedder(), batch)
-    model = new_embedder(freeze_vision=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_vision_gets_no_gradient_and_changes_no_other(kind: str) -> None:
+    batch = mixed_pack(kind)
+    free = gradients(new_embedder(kind), batch)
+    model = new_embedder(kind, freeze_vision=True)
     assert not any(parameter.requires_grad for parameter in model.model.visual.parameters())
     frozen = gradients(model, batch)
     tower = {name for name in free if ".visual." in name}
@@ -214,17 +239,20 @@ def test_frozen_vision_gets_no_gradient_and_changes_no_other() -> None:
 
 @pytest.mark.parametrize("freeze_vision", [False, True])
 @pytest.mark.parametrize("dialogues", [[TEXT, MULTI_TEXT], [ONE, *PACKS["several_pictures"][0]]])
-def test_vision_tower_runs_once_whatever_the_pack_holds(dialogues: list[Dialogue], freeze_vision: bool) -> None:
-    model = new_embedder(freeze_vision=freeze_vision)
+@pytest.mark.parametrize("kind", KINDS)
+def test_vision_tower_runs_once_whatever_the_pack_holds(
+    kind: str, dialogues: list[Dialogue], freeze_vision: bool
+) -> None:
+    model = new_embedder(kind, freeze_vision=freeze_vision)
     calls = []
     model.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    model(pack(dialogues, False))
+    model(pack(dialogues, False, kind))
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pack_without_pictures_gives_the_tower_zero_gradients_and_no_influence(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str,
 ) -> None:
     model = new_embedder(kind)
     batch = pack([TEXT, MULTI_TEXT], False, kind)
@@ -234,34 +262,41 @@ def test_pack_without_pictures_gives_the_tower_zero_gradients_and_no_influence(
         assert grad is not None, f"{name}: None would leave this rank out of a gradient reduction"
         assert (".visual." in name) == (not grad.any()), name
     emb_ED = model(batch)
-    monkeypatch.setattr(model, "_with_images", lambda inputs_1TD, *_: inputs_1TD)
-    assert torch.equal(emb_ED, model(batch))
+    assert torch.equal(emb_ED, model(replace(batch, pixels_PC=torch.full_like(batch.pixels_PC, float("nan")))))
 
 
 @pytest.mark.parametrize(("frozen", "room"), [(True, 2**20), (True, 0), (False, 2**20)])
-def test_a_frozen_tower_runs_once_for_both_passes(frozen: bool, room: int) -> None:
-    model = new_embedder(KINDS[0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_tower_runs_once_for_both_passes(kind: str, frozen: bool, room: int) -> None:
+    model = new_embedder(kind)
     model.freeze_vision = frozen
-    batch = pack([ONE, TEXT], False, KINDS[0])
+    batch = pack([ONE, TEXT, *PACKS["several_pictures"][0]], False, kind)
+    without = gradients(model, batch)
     calls: list[int] = []
     model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     kept = KeptVision(DeviceRoom(room))
-    first_ED, second_ED = model(batch, kept), model(batch, kept)
-    assert torch.equal(first_ED, second_ED)
-    assert len(calls) == (1 if frozen else 2)
+    with torch.no_grad():
+        first_ED = model(batch, kept)
+    assert kept.filled == frozen
+    second = gradients(model, batch, kept)
+    assert torch.equal(first_ED, model(batch, kept))
+    assert len(calls) == (1 if frozen else 3)
+    text = {name for name in without if ".visual." not in name}
+    assert_same({n: second[n] for n in text}, {n: without[n] for n in text}, 1e-6)
 
 
 def test_vision_features_stay_on_the_device_while_there_is_room() -> None:
-    """Three packs of 80 bytes in room for 170: the third is moved away, and comes back the same."""
-    room = DeviceRoom(170)
-    features = [torch.full((4, 5), float(i)) for i in range(3)]
+    """Three packs of 80 and 40 bytes in room for 170: what does not fit is moved away, and comes back the same."""
+    room, cpu = DeviceRoom(170), torch.device("cpu")
+    features = [(torch.full((4, 5), float(i)), torch.full((2, 5), float(-i))) for i in range(3)]
     kept = [KeptVision(room) for _ in features]
-    for one, features_ND in zip(kept, features, strict=True):
-        assert one.get(features_ND.device) is None
-        one.put(features_ND)
-    back = [one.get(torch.device("cpu")) for one in kept]
-    assert [found is put for found, put in zip(back, features, strict=True)] == [True, True, False]
-    assert back[2] is not None and torch.equal(back[2], features[2])
+    for one, put in zip(kept, features, strict=True):
+        assert one.get(cpu) is None
+        one.put(put)
+    back = [tensor for one in kept for tensor in one.get(cpu) or ()]
+    put = tuple(tensor for pair in features for tensor in pair)
+    assert [a is b for a, b in zip(back, put, strict=True)] == [True, True, False, True, False, False]
+    assert all(torch.equal(a, b) for a, b in zip(back, put, strict=True))
 
 
 def test_pooling_outside_a_forward_of_the_embedder_is_our_mistake() -> None:

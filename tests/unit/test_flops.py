@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen2VLModel
+from transformers import AutoConfig, AutoModel, Qwen2_5_VLConfig, Qwen2VLConfig
 
 from muco_ds.config_lora import LoraOptions
 from muco_ds.flops import FlopsModel, peak_flops
 
 from demo import Demo
+from tiny_folders import KINDS
+from tiny_models import model_folder
 
 VISION = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16}
 
@@ -36,17 +38,31 @@ def test_the_tiny_model_by_hand(demo: Demo) -> None:
     assert flops.per_patch_pair == 3 * 4 * 64
 
 
-def test_the_tiny_model_counts_every_weight_matrix(demo: Demo) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_matrix_of_the_tiny_models_is_counted(kind: str) -> None:
     """Two FLOPs per weight: an oracle that reads the model instead of its configuration."""
-    model = Qwen2VLModel(AutoConfig.from_pretrained(demo.model))
+    config = AutoConfig.from_pretrained(model_folder(kind))
+    model = AutoModel.from_config(config)
 
-    def weights(prefix: str) -> int:
-        return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefix) and p.ndim > 1)
+    def weights(*parts: str) -> int:
+        named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in name]
+        return sum(p.numel() for name, p in named if all(part in name for part in parts))
 
-    flops = demo.flops()
+    flops = FlopsModel.from_config(config, train_vision=True)
     assert flops.per_token == 2 * weights("language_model.layers")
-    merger = weights("visual.merger")
-    assert flops.per_patch == 2 * (weights("visual.") - merger + merger / 4)
+    mergers = weights("visual.", "merger")
+    windows = 2 * 4 * 64 * 16 if kind == "qwen2_5_vl" else 0  # layers, width, patches of a window
+    assert flops.per_patch - windows == 2 * (weights("visual.") - mergers + mergers / 4)
+
+
+def test_the_tiny_qwen3_vl_by_hand() -> None:
+    flops = FlopsModel.from_config(AutoConfig.from_pretrained(model_folder("qwen3_vl")), train_vision=True)
+    # Text: 3 layers, hidden 96, 4 query and 2 key/value heads of 32, intermediate 256.
+    assert flops.per_token == 2 * 3 * (96 * 128 * 2 + 96 * 64 * 2 + 3 * 96 * 256)
+    assert flops.per_token_pair == 3 * 4 * 128
+    # Vision: 3 layers of width 64 with an MLP of 112; patches of 3 x 2 x 16 x 16; 3 mergers 256 -> 256 -> 96 per four.
+    assert flops.per_patch == 2 * (1536 * 64 + 3 * (4 * 64**2 + 2 * 64 * 112) + 3 * (256 * 256 + 256 * 96) / 4)
+    assert flops.per_patch_pair == 3 * 4 * 64
 
 
 @pytest.mark.parametrize(
@@ -88,18 +104,19 @@ def test_training_counts_a_backward_only_where_there_is_one() -> None:
     assert frozen.training(10, 100, 20, 400) == 3 * (50 + 300) + (140 + 800)
 
 
-def test_beside_an_adapter_no_weight_has_a_gradient(demo: Demo) -> None:
-    config = AutoConfig.from_pretrained(demo.model)
-    full = demo.flops()
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_an_adapter_no_weight_has_a_gradient(kind: str) -> None:
+    config = AutoConfig.from_pretrained(model_folder(kind))
+    full = FlopsModel.from_config(config, train_vision=True)
     lora = FlopsModel.from_config(config, train_vision=True, lora=LoraOptions(rank=4, targets="all"))
     with torch.device("meta"):
-        model = Qwen2VLModel(config)
+        model = AutoModel.from_config(config)
 
     def small(tower: str) -> int:
-        layers = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(tower)]
+        layers = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and tower in n]
         return sum(4 * (layer.in_features + layer.out_features) for layer in layers)
 
-    merged = sum(4 * (m.in_features + m.out_features) for m in model.visual.merger.mlp if hasattr(m, "in_features"))
+    merged = small("merger")
     text = 2 * full.per_token * 10 + 3 * full.per_token_pair * 100 + 6 * small("language_model") * 10
     assert lora.training(10, 100, 0, 0) == pytest.approx(text)
     by_patch = small("visual") - merged + merged / 4

@@ -15,6 +15,7 @@ from muco_ds.data.images import ImageError, ImageLimits, ImagePipeline, decode, 
 from muco_ds.models.backbones import load_image_processor
 
 from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_picture
+from tiny_models import model_folder
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,13 @@ def pipeline(demo: Demo) -> ImagePipeline:
     return demo.packer().images
 
 
-def limited(demo: Demo, minimum: int, maximum: int, short_side: int | None = None) -> ImagePipeline:
-    return ImagePipeline(load_image_processor(str(demo.model)), ImageLimits(minimum, maximum, short_side))
+@pytest.fixture(params=["qwen2_vl", "qwen3_vl"])  # patches of 14 and of 16 px
+def model(request: pytest.FixtureRequest) -> Path:
+    return model_folder(request.param)
+
+
+def limited(model: Path, minimum: int, maximum: int, short_side: int | None = None) -> ImagePipeline:
+    return ImagePipeline(load_image_processor(str(model)), ImageLimits(minimum, maximum, short_side))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
@@ -153,7 +159,7 @@ def test_extreme_shapes(tmp_path: Path, pipeline: ImagePipeline) -> None:
 
 
 def test_a_side_under_28_px_makes_56_x_56(demo: Demo) -> None:
-    pipeline = limited(demo, 28 * 28, 1000 * 1000)
+    pipeline = limited(demo.model, 28 * 28, 1000 * 1000)
     assert pipeline.grid(27, 280) == pipeline.grid(280, 27) == (1, 4, 4)
     assert pipeline.grid(28, 280) == (1, 20, 2)
 
@@ -167,8 +173,8 @@ def test_a_gif_and_a_path_with_spaces(tmp_path: Path, pipeline: ImagePipeline) -
 
 
 @pytest.mark.parametrize("short_side", [None, 20, 64, 200])
-def test_the_grid_of_a_size_is_the_grid_of_its_patches(demo: Demo, short_side: int | None) -> None:
-    pipeline = limited(demo, MIN_PIXELS, MAX_PIXELS, short_side)
+def test_the_grid_of_a_size_is_the_grid_of_its_patches(model: Path, short_side: int | None) -> None:
+    pipeline = limited(model, MIN_PIXELS, MAX_PIXELS, short_side)
     rng = np.random.default_rng(0)
     sizes = [(1, 199), (27, 28), (28, 28), (28, 27), (41, 43), (5000, 30), (30, 5000)]
     for width, height in [*sizes, *rng.integers(1, 400, (25, 2)).tolist()]:
@@ -176,21 +182,23 @@ def test_the_grid_of_a_size_is_the_grid_of_its_patches(demo: Demo, short_side: i
             continue
         patches = pipeline.patches(Image.new("RGB", (width, height)))
         assert patches.grid == pipeline.grid(width, height), (width, height)
-        assert patches.pixels_PC.shape == (np.prod(patches.grid), 3 * 2 * 14 * 14)
+        assert patches.pixels_PC.shape == (np.prod(patches.grid), 3 * 2 * pipeline.patch_size**2)
         assert pipeline.tokens(patches.grid) == len(patches.pixels_PC) // 4
 
 
 @pytest.mark.parametrize("minimum, maximum", [(28 * 28, 28 * 28), (56 * 56, 112 * 112), (200 * 200, 300 * 300)])
-def test_limits_are_kept(demo: Demo, minimum: int, maximum: int) -> None:
-    pipeline = limited(demo, minimum, maximum)
+def test_limits_are_kept(model: Path, minimum: int, maximum: int) -> None:
+    pipeline = limited(model, minimum, maximum)
     for width, height in ((28, 28), (60, 45), (150, 150), (640, 480), (1000, 2000)):
         _, high, wide = pipeline.grid(width, height)
-        assert minimum <= high * wide * 14 * 14 <= maximum, (width, height)
+        pixels = high * wide * pipeline.patch_size**2
+        # A picture of one token is as small as one can be, whatever the limit.
+        assert minimum <= pixels <= max(maximum, pipeline.factor**2), (width, height)
 
 
-def test_patches_are_those_of_the_stock_processor(demo: Demo, tmp_path: Path) -> None:
-    stock = load_image_processor(str(demo.model))
-    pipeline = limited(demo, MIN_PIXELS, MAX_PIXELS)
+def test_patches_are_those_of_the_stock_processor(model: Path, tmp_path: Path) -> None:
+    stock = load_image_processor(str(model))
+    pipeline = limited(model, MIN_PIXELS, MAX_PIXELS)
     for i, (width, height) in enumerate([(84, 84), (100, 61), (333, 90)]):
         path = write_picture(tmp_path / f"{i}.png", width, height, seed=i)
         size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
@@ -201,14 +209,25 @@ def test_patches_are_those_of_the_stock_processor(demo: Demo, tmp_path: Path) ->
         assert patches.pixels_PC.dtype == np.float32
 
 
-def test_the_short_side_is_resized_first(demo: Demo, tmp_path: Path) -> None:
+def test_the_short_side_is_resized_first(model: Path, tmp_path: Path) -> None:
     path = write_picture(tmp_path / "wide.png", 300, 150)
     resized = Image.open(path).resize((128, 64), Image.Resampling.LANCZOS)
-    expected = limited(demo, MIN_PIXELS, MAX_PIXELS).patches(resized)
-    found = limited(demo, MIN_PIXELS, MAX_PIXELS, short_side=64).patches(str(path))
+    expected = limited(model, MIN_PIXELS, MAX_PIXELS).patches(resized)
+    found = limited(model, MIN_PIXELS, MAX_PIXELS, short_side=64).patches(str(path))
     assert found.grid == expected.grid and np.array_equal(found.pixels_PC, expected.pixels_PC)
 
 
-def test_the_placeholder_is_one_token(demo: Demo) -> None:
-    placeholder = limited(demo, 200 * 200, 300 * 300, short_side=500).placeholder()
-    assert placeholder.grid == (1, 2, 2) and placeholder.pixels_PC.shape == (4, 1176)
+def test_the_placeholder_is_one_token(model: Path) -> None:
+    pipeline = limited(model, 200 * 200, 300 * 300, short_side=500)
+    placeholder = pipeline.placeholder()
+    assert placeholder.grid == (1, 2, 2) and placeholder.pixels_PC.shape == (4, 6 * pipeline.patch_size**2)
+
+
+def test_the_settings_of_the_folder_hold() -> None:
+    """Qwen3-VL's: black is -1 and white 1; a token is 32 x 32 px."""
+    pipeline = limited(model_folder("qwen3_vl"), MIN_PIXELS, MAX_PIXELS)
+    values = [
+        np.unique(pipeline.patches(Image.new("RGB", (64, 96), colour)).pixels_PC) for colour in ("black", "white")
+    ]
+    assert values[0] == pytest.approx([-1]) and values[1] == pytest.approx([1])
+    assert pipeline.grid(64, 96) == (1, 6, 4) and pipeline.tokens((1, 6, 4)) == 6

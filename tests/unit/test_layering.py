@@ -26,6 +26,7 @@ LEVELS = [
         "data",
         "distributed",
         "metrics",
+        "families",
         "flops",
         "optim",
     },

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import Qwen2VLConfig, Qwen2VLModel
+from transformers import Qwen2VLConfig
 
 from muco_ds.config_lora import LoraOptions
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed.testing import run_distributed
+from muco_ds.families import FAMILIES, text_shape, vision_shape
 from muco_ds.memory import (
     GIB,
     Load,
@@ -110,10 +111,11 @@ def packed(examples: int, history: bool, kind: str = "qwen2_vl") -> PackedBatch:
     return pack([Dialogue(turns, (picture(i, 84, 112),)) for i in range(examples)], history, kind)
 
 
-def bigger(dtype: torch.dtype, frozen: bool) -> Embedder:
+def bigger(dtype: torch.dtype, frozen: bool, kind: str = "qwen2_vl") -> Embedder:
     """Other proportions than the tiny model's: wider MLP, fewer key/value heads, other width of the vision tower."""
     register_attention()
-    tree = copy.deepcopy(new_embedder().model.config).to_dict()
+    config = copy.deepcopy(new_embedder(kind).model.config)
+    tree = config.to_dict()
     rope = {**tree["text_config"]["rope_parameters"], "mrope_section": [4, 6, 6]}
     tree["text_config"] |= {
         "hidden_size": 256,
@@ -121,10 +123,15 @@ def bigger(dtype: torch.dtype, frozen: bool) -> Embedder:
         "num_hidden_layers": 5,
         "rope_parameters": rope,
     }
-    tree["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 5}
-    tree["vision_config"] |= {"embed_dim": 160, "depth": 4, "hidden_size": 256}
+    tree["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 2}
+    if kind == "qwen2_vl":
+        tree["text_config"] |= {"layer_types": ["full_attention"] * 5}
+        tree["vision_config"] |= {"embed_dim": 160, "depth": 4, "hidden_size": 256}
+    else:
+        tree["text_config"] |= {"head_dim": 32}
+        tree["vision_config"] |= {"hidden_size": 160, "intermediate_size": 560, "depth": 4, "out_hidden_size": 256}
     attention = {"": "muco_sdpa", "text_config": "muco_sdpa", "vision_config": "sdpa"}
-    model = Qwen2VLModel._from_config(Qwen2VLConfig(**tree), dtype=dtype, attn_implementation=attention)
+    model = FAMILIES[kind].model._from_config(type(config)(**tree), dtype=dtype, attn_implementation=attention)
     return Embedder(model, freeze_vision=frozen)
 
 
@@ -149,13 +156,21 @@ def peak_bytes(embedder: Embedder, batch: PackedBatch) -> int:
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model, history", [("qwen2_vl", True), ("qwen2_5_vl", False), ("bigger", True)])
+@pytest.mark.parametrize(
+    "kind, big, history",
+    [
+        ("qwen2_vl", False, True),
+        ("qwen2_5_vl", False, False),
+        ("qwen3_vl", False, False),
+        ("qwen2_vl", True, True),
+        ("qwen3_vl", True, True),
+    ],
+)
 def test_activations_are_what_is_really_needed(
-    model: str, history: bool, precision: str, frozen: bool, checkpointing: bool
+    kind: str, big: bool, history: bool, precision: str, frozen: bool, checkpointing: bool
 ) -> None:
-    kind = "qwen2_vl" if model == "bigger" else model
     dtype = DTYPES[precision]
-    made = bigger(dtype, frozen) if model == "bigger" else new_embedder(kind, dtype=dtype, freeze_vision=frozen)
+    made = bigger(dtype, frozen, kind) if big else new_embedder(kind, dtype=dtype, freeze_vision=frozen)
     if checkpointing:
         getattr(made.model, "activation_checkpointing_enable", made.model.gradient_checkpointing_enable)()
     batch = packed(8, history, kind)
@@ -197,15 +212,16 @@ def load_of(batch: PackedBatch) -> Load:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_autograd_keeps_what_a_layer_is_said_to_keep(precision: str) -> None:
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_autograd_keeps_what_a_layer_is_said_to_keep(kind: str, precision: str) -> None:
     """Distinct storages that autograd saves in one decoder layer more, and in one vision block more."""
     dtype = DTYPES[precision]
-    batch = packed(6, history=False)
-    made = bigger(dtype, frozen=False)
-    text, vision = made.model.config.text_config, made.model.config.vision_config
+    batch = packed(6, history=False, kind=kind)
+    made = bigger(dtype, False, kind)
+    text, vision = text_shape(made.model.config), vision_shape(made.model.config)
     whole = saved_bytes(made, batch)
     made.model.language_model.layers = made.model.language_model.layers[:-1]
-    text.num_hidden_layers -= 1
+    made.model.config.text_config.num_hidden_layers -= 1
     fewer_layers = saved_bytes(made, batch)
     made.model.visual.blocks = made.model.visual.blocks[:-1]
     fewer_blocks = saved_bytes(made, batch)
@@ -293,7 +309,7 @@ def test_what_a_change_costs_or_saves() -> None:
 def test_parts_by_hand() -> None:
     """On the 2B's sizes, where a part that is small in the measured models is not."""
     config = released(1536, 28, 12, 2, 8960)
-    text, vision = config.text_config, config.vision_config
+    text, vision = text_shape(config), vision_shape(config)
     fused = 2 * 8 * 1536 + 2 * (2 * 1536 + 2 * 2 * 256) + 4 * 12 + 4 * 2 * 8960  # each attended row counted twice here
     assert text_layer_bytes(text, 1, 2, 2, fused=True) == fused
     assert text_layer_bytes(text, 1, 2, 2, fused=False) == fused + 2 * (1536 + 2 * 2 * (1536 - 256))

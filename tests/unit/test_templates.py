@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2VLModel
+from transformers import AutoConfig, AutoModel
 
 from muco_ds.data.templates import ChatTemplate, Rendered
 
 from demo import Demo
+from tiny_folders import KINDS
+from tiny_models import model_folder
 
 MERGE = 2
 Grid = tuple[int, int, int]
@@ -41,9 +44,9 @@ def template(demo: Demo, request: pytest.FixtureRequest) -> ChatTemplate:
     return demo.packer(request.param).template
 
 
-@pytest.fixture(scope="module")
-def stock(demo: Demo) -> Qwen2VLModel:
-    return Qwen2VLModel(AutoConfig.from_pretrained(demo.model))
+@pytest.fixture(scope="module", params=KINDS)
+def stock(request: pytest.FixtureRequest) -> Any:
+    return AutoModel.from_config(AutoConfig.from_pretrained(model_folder(request.param)))
 
 
 def image_tokens(grid: Grid) -> int:
@@ -68,11 +71,11 @@ def whole_prompt_ids(template: ChatTemplate, prompt: str) -> list[int]:
     return template.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
-def stock_positions(stock: Qwen2VLModel, template: ChatTemplate, ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+def stock_positions(stock: Any, template: ChatTemplate, ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
     ids_1L = torch.from_numpy(ids)[None]
     is_image_1L = (ids_1L == template.image_pad).int()
     grid_thw_I3 = torch.tensor(grids) if grids else None
-    positions_31L, _ = stock.get_rope_index(ids_1L, is_image_1L, grid_thw_I3)  # type: ignore[arg-type]
+    positions_31L, _ = stock.get_rope_index(ids_1L, is_image_1L, grid_thw_I3)
     return positions_31L[:, 0].numpy()
 
 
@@ -101,7 +104,7 @@ def test_random_unicode_equals_tokenising_the_whole_prompt(template: ChatTemplat
 
 @pytest.mark.parametrize("grids", GRIDS, ids=["text", "picture", "two pictures"])
 def test_causal_dialogue_equals_tokenising_the_whole_dialogue(
-    template: ChatTemplate, stock: Qwen2VLModel, grids: list[Grid]
+    template: ChatTemplate, stock: Any, grids: list[Grid]
 ) -> None:
     texts = ["What is it?", "  second\nquestion ", "", "日本"]
     rendered = render(template, texts, grids, history=True)
@@ -116,9 +119,7 @@ def test_causal_dialogue_equals_tokenising_the_whole_dialogue(
 
 
 @pytest.mark.parametrize("grids", GRIDS, ids=["text", "picture", "two pictures"])
-def test_isolated_turns_equal_their_single_turn_prompts(
-    template: ChatTemplate, stock: Qwen2VLModel, grids: list[Grid]
-) -> None:
+def test_isolated_turns_equal_their_single_turn_prompts(template: ChatTemplate, stock: Any, grids: list[Grid]) -> None:
     texts = ["What is it?", "", "a much longer question than the first one", "x"]
     rendered = render(template, texts, grids, history=False)
     start = rendered.prefix

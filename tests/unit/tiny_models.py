@@ -1,4 +1,4 @@
-"""Tiny random Qwen2-VL and Qwen2.5-VL folders, and what the stock Hugging Face classes make of a prompt by itself.
+"""Tiny random backbones of every family, and what the stock Hugging Face classes make of a prompt by itself.
 
 Shape suffixes: L tokens of a prompt, D embedding size.
 """
@@ -16,20 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModel, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from muco_ds.data.collator import Packer
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.schema import QUERY, Dialogue, PackedBatch, Side
 from muco_ds.models.backbones import load_backbone
-from muco_ds.models.demo_model import model_config, write_model
+from muco_ds.models.demo_model import write_model
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
 
-KINDS = ("qwen2_vl", "qwen2_5_vl")
+from tiny_folders import change_family, shake
+
 POOL_TOKENS = ("<|emb|>", "<|im_end|>")
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 168 * 168
 OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -48,7 +47,7 @@ def demo_folder() -> Path:
     folder = _root() / "demo"
     rows = write_data(folder / "data", 20, 8, seed=0)
     write_model(folder / "model", row_texts(rows), seed=0)
-    _shake(folder / "model")
+    shake(folder / "model")
     return folder
 
 
@@ -60,33 +59,8 @@ def model_folder(kind: str) -> Path:
         return source
     folder = _root() / kind
     shutil.copytree(source, folder)
-    text = model_config(Tokenizer.from_file(str(source / "tokenizer.json"))).to_dict()
-    vision = {"depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 96}
-    # Windows of 2 x 2 merged tokens: pictures of 84 px and more have several, and ragged ones at the edges.
-    windows = {"window_size": 56, "fullatt_block_indexes": [1], "initializer_range": 0.05}
-    tokens = {key: text[key] for key in text if key.endswith("_token_id") and text[key] is not None}
-    config = Qwen2_5_VLConfig(
-        text_config={**text["text_config"], "model_type": "qwen2_5_vl_text"},
-        vision_config={**vision, **windows},
-        tie_word_embeddings=True,
-        **tokens,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    _shake(folder)
+    change_family(folder, kind)
     return folder
-
-
-def _shake(folder: Path) -> None:
-    """Norms start at one and biases at zero: an operation that forgets them would go unseen."""
-    generator = torch.Generator().manual_seed(2)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    for tensor in tensors.values():
-        if tensor.ndim == 1:
-            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def settings(pool_token: str = "<|emb|>") -> Settings:
@@ -149,19 +123,27 @@ def picture(seed: int, width: int = 84, height: int = 84) -> Image.Image:
 # ---- the stock model on a prompt by itself; shares no code with the package under test
 
 
+def stock_model(kind: str, dtype: torch.dtype) -> Any:
+    """A stock model of its own."""
+    return AutoModel.from_pretrained(str(model_folder(kind)), dtype=dtype, attn_implementation="eager").eval()
+
+
 @cache
 def _stock(kind: str) -> tuple[Any, Any, Any]:
     folder = str(model_folder(kind))
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|emb|>"], special_tokens=True)
+    model = stock_model(kind, torch.float32).requires_grad_(False)
     return model, tokenizer, Qwen2VLImageProcessorPil.from_pretrained(folder)
 
 
-@torch.no_grad()
-def stock_embedding(kind: str, prompt: str, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Unit-length state of the prompt's last token, [D]; `{image}` stands for a picture in the prompt."""
-    model, tokenizer, image_processor = _stock(kind)
+def stock_embedding(kind: str, prompt: str, images: Sequence[Image.Image], model: Any = None) -> torch.Tensor:
+    """Unit-length state of the prompt's last token, [D]; `{image}` stands for a picture in the prompt.
+
+    With a `model` from `stock_model` it carries a graph.
+    """
+    frozen, tokenizer, image_processor = _stock(kind)
+    model = model or frozen
     extra: dict[str, torch.Tensor] = {}
     if images:
         size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
@@ -178,7 +160,7 @@ def stock_embedding(kind: str, prompt: str, images: Sequence[Image.Image]) -> to
     return torch.nn.functional.normalize(out.last_hidden_state[0, -1], dim=-1)
 
 
-def stock_dialogue(kind: str, pool: str, dialogue: Dialogue, history: bool) -> list[torch.Tensor]:
+def stock_dialogue(kind: str, pool: str, dialogue: Dialogue, history: bool, model: Any = None) -> list[torch.Tensor]:
     """The stock model's embedding of each turn: alone, or with the turns before it."""
     pictures: list[Any] = list(dialogue.images)
     answer = pool if pool == "<|im_end|>" else f"{pool}<|im_end|>"
@@ -191,5 +173,5 @@ def stock_dialogue(kind: str, pool: str, dialogue: Dialogue, history: bool) -> l
                 prompt += f"{answer}\n<|im_start|>user\n"
             newline = "\n" if pictures and text and j == 0 else ""
             prompt += f"{newline}{text}<|im_end|>\n<|im_start|>assistant\n"
-        embeddings.append(stock_embedding(kind, prompt + pool, pictures))
+        embeddings.append(stock_embedding(kind, prompt + pool, pictures, model))
     return embeddings
