@@ -128,12 +128,14 @@ def estimate(
 def embedding_bytes(hidden: int, load: Load, smaller: Sequence[int]) -> int:
     """Rows and keys in float32, their gradients, and the padded buffer through which keys and gradients travel.
 
-    The loss keeps the prefixes of every smaller size at unit length. In the backward pass one at a time has three
-    gradients: of the prefix at unit length, of its length and of itself; the last in a tensor of the whole width.
+    The loss keeps the prefixes of every smaller size at unit length. In the backward pass one size at a time has their
+    gradients, by way of their lengths, and that of rows or of keys in a tensor of the whole width. Autograd was seen to
+    need 84 % of this on a CPU (2,000 rows, 3,000 keys, sizes 256 and 768 of 1,536).
     """
     entries = hidden * (2 * load.rank_rows + 3 * load.keys)
     if smaller:
-        entries += (sum(smaller) + 3 * max(smaller) + hidden) * (load.rank_rows + load.keys)
+        entries += (sum(smaller) + 3 * max(smaller)) * (load.rank_rows + load.keys)
+        entries += hidden * max(load.rank_rows, load.keys)
     return 4 * entries
 
 

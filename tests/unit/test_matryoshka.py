@@ -147,7 +147,7 @@ def test_memory_of_the_prefixes_is_counted() -> None:
     load = Load(packs=1, tokens=0, attended=0, patches=0, rank_patches=0, rank_rows=10, keys=30)
     plain = embedding_bytes(96, load, [])
     assert plain == 4 * 96 * (2 * 10 + 3 * 30)
-    assert embedding_bytes(96, load, [8, 24]) == plain + 4 * (32 + 72 + 96) * 40
+    assert embedding_bytes(96, load, [8, 24]) == plain + 4 * ((32 + 72) * 40 + 96 * 30)
 
 
 # ---- at test time
