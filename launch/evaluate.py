@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.readers import M3TReader
 from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
@@ -28,6 +29,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for results.json")
     parser.add_argument("--rows", type=int, help="only the first rows")
     parser.add_argument("--pack_tokens", type=int, default=16384, help="token budget of one forward")
+    parser.add_argument(
+        "--dims",
+        type=int,
+        nargs="+",
+        metavar="DIM",
+        help="also rank by this many leading components of the embeddings; default: the sizes that were trained",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_args()
 
@@ -47,21 +55,25 @@ def main() -> int:
     with env.agreement():
         task, left_out = held_out(args)
         embedder = Embedder.from_pretrained(args.model, device=device)
+        sizes = sizes_of(args.dims or embedder.sizes, embedder.sizes[-1], "--dims")
     assert embedder.packer is not None
-    ranking = task.rank(embedder, embedder.packer, pack_tokens=args.pack_tokens, device=device, progress=True)
+    rankings = task.rank(
+        embedder, embedder.packer, pack_tokens=args.pack_tokens, device=device, progress=True, sizes=sizes
+    )
     if env.is_main():
-        results = task.results(ranking)
+        results = task.results(rankings)
         output = Path(args.output)
         try:
             output.mkdir(parents=True, exist_ok=True)
             (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--output: can't write to '{output}' ({error})") from error
-        print(f"{'':<10}{'precision@1':>12}{'queries':>9}{'candidates':>12}{'chance':>9}")
+        scores = ["precision@1", *(f"precision@1@{size}" for size in sizes[:-1])]
+        heads = "".join(f"{score:>{len(score) + 1}}" for score in scores)
+        print(f"{'':<10}{heads}{'queries':>9}{'candidates':>12}{'chance':>9}")
         for name, entry in results.items():
-            print(
-                f"{name:<10}{entry['precision@1']:>12.4f}{entry['queries']:>9}{entry['candidates']:>12}{entry['chance']:>9.4f}"
-            )
+            values = "".join(f"{entry[score]:>{len(score) + 1}.4f}" for score in scores)
+            print(f"{name:<10}{values}{entry['queries']:>9}{entry['candidates']:>12}{entry['chance']:>9.4f}")
         if left_out:
             print(f"{left_out} rows could not be used and are not counted")
         print(f"written to {output / 'results.json'}")

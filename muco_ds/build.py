@@ -94,7 +94,7 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
 
 def load_processing(config: RunConfig) -> Processing:
     """Tokenizer and image processor with what the run needs of them. Raises UserError."""
-    settings = Settings.of_run(config.model.pool_token, config.data)
+    settings = Settings.of_run(config, load_config(config.model.path).text_config.hidden_size)
     return Processing.load(config.model.path, settings, masks=config.task.reconstruct)
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 import yaml
 
 from muco_ds.config_lora import LoraOptions, check_adapter
+from muco_ds.config_matryoshka import check_sizes
 from muco_ds.config_task import PromptOptions, TaskOptions, check_task
 from muco_ds.errors import UserError
 
@@ -180,6 +181,8 @@ class LossOptions:
         mask_same_target: Leave out keys whose text equals the positive's up to case and white space.
         key_exchange: How a rank meets the other ranks' keys: "gather" all of them, pass them round in a "ring", or
             "auto": a ring where gathering would take more than 1 GiB. The loss is the same.
+        matryoshka: Smaller sizes of the embedding that shall be usable as well, such as [64, 256]: the loss is the mean
+            over that many leading components and over all of them (arXiv 2205.13147); null: only all.
     """
 
     temperature: float = 0.02
@@ -187,6 +190,7 @@ class LossOptions:
     mask_same_image: bool = True
     mask_same_target: bool = True
     key_exchange: Literal["auto", "gather", "ring"] = "auto"
+    matryoshka: list[int] | None = None
 
 
 @dataclass
@@ -331,6 +335,7 @@ def validate(config: RunConfig) -> None:
         problem = f"batch.source_run is {config.batch.source_run}, which does not divide batch.images"
         raise UserError(f"{problem}, {config.batch.images}: set it to a divisor")
     _check_weights(data.sources())
+    check_sizes(config.loss.matryoshka or [], "loss.matryoshka")
     check_task(config.task, config.prompts, masks=config.loss.mask_same_image or config.loss.mask_same_target)
     if run.precision == "fp32" and config.model.attention in ("flash_attn", "varlen"):
         raise UserError(f"model.attention={config.model.attention} needs run.precision=bf16: set model.attention=auto")

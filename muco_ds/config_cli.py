@@ -21,6 +21,7 @@ from muco_ds.config import RunConfig, Source, validate
 from muco_ds.errors import UserError
 
 _FLAGS = ("print_config", "help")
+_MIXTURE = "str | list[Source]"  # the type of a list of data sets, as written in the dataclass
 
 
 @dataclass
@@ -82,7 +83,7 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 def _build_value(hint: Any, value: Any) -> Any:
     if is_dataclass(hint):
         return _build(cast(type, hint), value)
-    if isinstance(value, list):  # the one list there is: `str | list[Source]`
+    if isinstance(value, list) and hint == str | list[Source]:
         return [_build(Source, dict(item)) for item in value]
     return value
 
@@ -131,7 +132,7 @@ def _check_keys(argv: Sequence[str]) -> dict[str, _Source]:
                 sources[name] = _Source(item, value)
         elif key in known:
             overrides[key] = _Source(value, "the command line")
-            if value.lstrip().startswith("["):
+            if known[key] == _MIXTURE and value.lstrip().startswith("["):
                 _check_list(key, yaml.safe_load(value), "the command line")
         elif key not in _FLAGS:
             raise _unknown(key, "the command line", [*known, "config", "dry_run", *_FLAGS])
@@ -181,7 +182,8 @@ def _section_items(tree: dict, known: dict[str, str], path: str, prefix: str = "
         if inside:
             yield from _section_items(value, known, path, f"{key}.")
         elif key in known:
-            _check_list(key, value, path)
+            if known[key] == _MIXTURE:
+                _check_list(key, value, path)
             yield key, value
         else:
             sections = {other.partition(".")[0] for other in known if "." in other}

@@ -107,7 +107,7 @@ def export_checkpoint(
         else:
             _write_config(work, config, DTYPES[dtype])
             write_processing(work, settings, config.model_type)
-            write_sentence_transformers(work, config.text_config.hidden_size)
+            write_sentence_transformers(work, config.text_config.hidden_size, settings.matryoshka)
             write_weights(work, weights, DTYPES[dtype], max_shard, progress)
             embedder = Embedder.from_pretrained(str(work), dtype=DTYPES[dtype])
         difference, tolerance = _verify(embedder, checkpoint, meta, dtype)

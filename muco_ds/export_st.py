@@ -7,6 +7,7 @@ the training prompt and end exactly at the pool token.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,15 @@ def write_processing(folder: Path, settings: Settings, model_type: str) -> None:
     write_json(folder / "processor_config.json", processor)
 
 
-def write_sentence_transformers(folder: Path, dimension: int) -> None:
+def write_sentence_transformers(folder: Path, dimension: int, sizes: Sequence[int]) -> None:
     """The files that make `SentenceTransformer(folder)` embed texts, pictures and both (sentence-transformers 6.2).
 
     Without `modality_config` it would take text only and skip the chat template; without modules.json it would average.
+    It has no field for the sizes a model was trained for: they stand in the model card, for people to pass
+    `truncate_dim`.
     """
+    if sizes:
+        (folder / "README.md").write_text(_sizes_card(sizes), encoding="utf-8")
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     modules = [
         ("", "sentence_transformers.base.modules.transformer.Transformer"),
@@ -143,6 +148,30 @@ def write_sentence_transformers(folder: Path, dimension: int) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
+
+
+def _sizes_card(sizes: Sequence[int]) -> str:
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+tags:
+- sentence-transformers
+- matryoshka
+---
+
+# Sizes of the embeddings
+
+Trained as Matryoshka embeddings (arXiv 2205.13147) of {", ".join(map(str, sizes))} components: cut to one of these
+sizes they are embeddings as well. The two give the same vectors:
+
+```python
+SentenceTransformer(PATH, truncate_dim={sizes[0]}).encode(items, normalize_embeddings=True)
+muco_ds.Embedder.from_pretrained(PATH).encode(items, dim={sizes[0]})
+```
+
+Without `normalize_embeddings=True` sentence-transformers gives the leading components of the whole embedding, which are
+shorter than unit length: cosines, as of `SentenceTransformer.similarity`, are the same, inner products are not.
+"""
 
 
 def read_json(path: Path) -> dict[str, Any]:

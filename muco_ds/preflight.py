@@ -144,6 +144,7 @@ def estimated(config: RunConfig, data: Data, ranks: int, load: Load) -> Memory:
         activation_checkpointing=config.model.activation_checkpointing,
         fused_attention=config.run.precision == "bf16" and config.model.attention != "sdpa",
         lora=config.model.lora,
+        matryoshka=config.loss.matryoshka or (),
     )
 
 

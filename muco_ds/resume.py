@@ -151,7 +151,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
-        elif isinstance(value, list):
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):  # a mixture's data sets
             for i, item in enumerate(value):
                 flat.update(_flat(item, f"{prefix}{key}[{i}]."))
         else:

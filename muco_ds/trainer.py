@@ -203,7 +203,7 @@ class Trainer:
         values: dict[str, float | int | None] = {
             "step": batch.step + 1,
             "epoch": batch.epoch,
-            "loss": total["loss"],
+            **{name: total[name] for name in names if name.startswith("loss")},
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
             "grad_norm": None if self.guard.grad_norm is None else float(self.guard.grad_norm),
             "temperature": self.config.loss.temperature,
@@ -232,11 +232,22 @@ class Trainer:
         task = M3TTask.from_records(self.validation)
         pack_tokens = self.config.batch.pack_tokens
         self.engine.eval()
-        ranking = task.rank(self.engine, self.data.packer, pack_tokens=pack_tokens, device=self.device, progress=False)
+        rankings = task.rank(
+            *(self.engine, self.data.packer),
+            pack_tokens=pack_tokens,
+            device=self.device,
+            progress=False,
+            sizes=self.config.loss.matryoshka or (),
+        )
         self.engine.train()
         if self.metrics is not None:
-            self.metrics.picture("val/answers", retrieval_picture(task, ranking), step)
-        return {f"val/{name}/precision@1": entry["precision@1"] for name, entry in task.results(ranking).items()}
+            self.metrics.picture("val/answers", retrieval_picture(task, rankings[max(rankings)]), step)
+        return {
+            f"val/{name}/{key}": value
+            for name, entry in task.results(rankings).items()
+            for key, value in entry.items()
+            if key.startswith("precision@1")
+        }
 
     def _probe(self) -> torch.Tensor:
         """Embeddings of the fixed probe items by the model as it is now. Collective."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.collator import Packer
 from muco_ds.data.images import ImageError, read_size
 from muco_ds.data.readers import M3TReader, RowError
 from muco_ds.data.schema import Dialogue, PackedBatch, Record
 from muco_ds.errors import UserError
 from muco_ds.eval.retrieval import Ranking, precision_at_1, rank_candidates
+from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.encode import encode_dialogues
 
 
@@ -75,8 +77,13 @@ class M3TTask:
         pack_tokens: int,
         device: torch.device,
         progress: bool,
-    ) -> Ranking:
-        """Encode both sides, on all ranks, and rank. Collective."""
+        sizes: Sequence[int] = (),
+    ) -> dict[int, Ranking]:
+        """Encode both sides, on all ranks, and rank by the whole embedding and by its prefixes of `sizes`. Collective.
+
+        Returns:
+            size -> ranking, ascending, the whole embedding's last.
+        """
         query_QD, candidate_CD = (
             encode_dialogues(
                 model,
@@ -89,10 +96,22 @@ class M3TTask:
             )
             for name, side in (("queries", self.queries), ("candidates", self.candidates))
         )
-        return rank_candidates(query_QD, candidate_CD, torch.tensor(self.answers), top=3)
+        answer_Q = torch.tensor(self.answers)
+        return {
+            size: rank_candidates(prefix(query_QD, size), prefix(candidate_CD, size), answer_Q, top=3)
+            for size in sizes_of(sizes, query_QD.shape[1])
+        }
 
-    def results(self, ranking: Ranking) -> dict[str, dict[str, float | int]]:
-        return precision_at_1(ranking.correct_Q, self.kinds, len(self.candidates))
+    def results(self, rankings: Mapping[int, Ranking]) -> dict[str, dict[str, float | int]]:
+        """Those of `precision_at_1` for the whole embedding, and in each entry `precision@1@64` for a prefix of 64."""
+        *smaller, whole = sorted(rankings)
+        results, *others = (
+            precision_at_1(rankings[size].correct_Q, self.kinds, len(self.candidates)) for size in (whole, *smaller)
+        )
+        for size, other in zip(smaller, others, strict=True):
+            for name, entry in other.items():
+                results[name][f"precision@1@{size}"] = entry["precision@1"]
+        return results
 
 
 def _check_header(path: str) -> None:

@@ -5,6 +5,7 @@ Shape suffixes: T rows of the pack, E pooled rows, D hidden size, N items.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,13 +18,17 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
+from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.collator import Packer
 from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
 from muco_ds.errors import UserError
+from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.encode import encode_dialogues
-from muco_ds.models.folder import Processing, read_settings
+from muco_ds.models.folder import SETTINGS_FILE, Processing, read_settings
 from muco_ds.ops import pool_normalize
+
+log = logging.getLogger(__name__)
 
 Item = str | Image.Image | Mapping[str, Any]
 """A text, a picture, or any keys of {"text": str, "image": path, picture or list of them, "instruction": str}."""
@@ -118,6 +123,7 @@ class Embedder(nn.Module):
         self.model = model
         self.freeze_vision = freeze_vision
         self.packer: Packer | None = None  # set where the model is used to encode
+        self.sizes: list[int] = [model.config.text_config.hidden_size]  # trained ones, ascending, the whole last
         text = self.model.language_model
         text.norm = PoolingNorm(text.norm)
         if freeze_vision:
@@ -141,29 +147,44 @@ class Embedder(nn.Module):
         model = load_backbone(path, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))
         embedder = cls(model, freeze_vision=True).to(device).eval()
         embedder.packer = processing.packer()
+        key = f"{os.path.join(path, SETTINGS_FILE)}: matryoshka"
+        embedder.sizes = sizes_of(processing.settings.matryoshka, embedder.sizes[-1], key)
         return embedder
 
-    def encode(self, items: Sequence[Item], *, pack_tokens: int = 16384, progress: bool = False) -> np.ndarray:
+    def encode(
+        self, items: Sequence[Item], *, pack_tokens: int = 16384, progress: bool = False, dim: int | None = None
+    ) -> np.ndarray:
         """Embeddings of the items in their order, float32 [N, D], unit length.
 
+        Args:
+            dim: the first `dim` components alone, at unit length again, [N, dim]: good where the model was trained for
+                that size (`sizes`, `loss.matryoshka`), of lower quality elsewhere.
         Raises:
-            UserError: an item of another type or without content, a picture that does not decode.
+            UserError: an item of another type or without content, a picture that does not decode, a `dim` below 1 or
+                above D.
         """
-        return self._encode([_dialogue(i, item) for i, item in enumerate(items)], pack_tokens, progress)
+        return self._encode([_dialogue(i, item) for i, item in enumerate(items)], pack_tokens, progress, dim)
 
-    def encode_turns(self, image: ImageRef, questions: Sequence[str]) -> np.ndarray:
-        """Embeddings of several questions about one picture, float32 [k, D]; the picture is encoded once."""
-        return self._encode([Dialogue(tuple(questions), (image,))], pack_tokens=1, progress=False)
+    def encode_turns(self, image: ImageRef, questions: Sequence[str], *, dim: int | None = None) -> np.ndarray:
+        """Embeddings of several questions about one picture, float32 [k, D]; the picture is encoded once. `dim`: see
+        `encode`."""
+        return self._encode([Dialogue(tuple(questions), (image,))], pack_tokens=1, progress=False, dim=dim)
 
-    def _encode(self, dialogues: list[Dialogue], pack_tokens: int, progress: bool) -> np.ndarray:
+    def _encode(self, dialogues: list[Dialogue], pack_tokens: int, progress: bool, dim: int | None) -> np.ndarray:
         assert self.packer is not None, "an Embedder encodes after from_pretrained"
+        dim = self.sizes[-1] if dim is None else dim
+        if not 1 <= dim <= self.sizes[-1]:
+            raise UserError(f"dim is {dim} but embeddings have {self.sizes[-1]} components: give 1 to {self.sizes[-1]}")
+        if dim not in self.sizes:
+            log.warning("dim=%d: the model was trained for embeddings of %s components", dim, self.sizes)
         if not dialogues:
-            return np.zeros((0, self.model.config.text_config.hidden_size), np.float32)
+            return np.zeros((0, dim), np.float32)
         device = next(self.parameters()).device
         description = "encoding" if progress else None
-        return encode_dialogues(
+        emb_ND = encode_dialogues(
             self, self.packer, dialogues, pack_tokens=pack_tokens, device=device, shared=False, progress=description
-        ).numpy()
+        )
+        return prefix(emb_ND, dim).numpy()
 
     def forward(self, batch: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
         """Embeddings of every pooled row of a pack, [E, D] float32, unit length.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from muco_ds.config import DataOptions
+from muco_ds.config import RunConfig
+from muco_ds.config_matryoshka import check_sizes, sizes_of
 from muco_ds.data.collator import Packer
 from muco_ds.data.images import ImageLimits, ImagePipeline
 from muco_ds.data.templates import ChatTemplate
@@ -25,16 +26,25 @@ SETTINGS_FILE = "muco_ds.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model was trained to embed; inference must do the same."""
+    """How a model was trained to embed; inference must do the same.
+
+    `matryoshka`: the sizes that it was trained for, ascending, the whole embedding's last; empty: that one alone.
+    """
 
     pool_token: str
     min_pixels: int
     max_pixels: int
     short_side: int | None
+    matryoshka: list[int] = field(default_factory=list)
 
     @classmethod
-    def of_run(cls, pool_token: str, data: DataOptions) -> Settings:
-        return cls(pool_token, data.min_pixels, data.max_pixels, data.short_side)
+    def of_run(cls, config: RunConfig, width: int) -> Settings:
+        """`width`: of the whole embedding. Raises UserError where `loss.matryoshka` holds a larger size."""
+        sizes = sizes_of(config.loss.matryoshka, width)
+        data = config.data
+        return cls(
+            config.model.pool_token, data.min_pixels, data.max_pixels, data.short_side, sizes if len(sizes) > 1 else []
+        )
 
     @property
     def limits(self) -> ImageLimits:
@@ -74,6 +84,8 @@ def read_settings(path: str) -> Settings:
         raise UserError(f"'{path}' holds no {SETTINGS_FILE}: give a folder written by tools/convert_ckpt.py")
     try:
         with open(file) as handle:
-            return Settings(**json.load(handle))
-    except (ValueError, TypeError) as error:
+            settings = Settings(**json.load(handle))
+            check_sizes(settings.matryoshka, "matryoshka")
+            return settings
+    except (ValueError, TypeError, UserError) as error:
         raise UserError(f"{file}: not the settings of an exported model ({error}): export it again") from error

@@ -5,7 +5,8 @@ p', q' to p and q' to p', each a mean over the batch. `joint` (the paper): all t
 every pair, where the own counterpart of the positive is masked. `separate` (the released code): a term's keys are the
 p, or the p', alone. Hard negatives are keys of every term. At test time there are q and p.
 
-Shape suffixes: N rows and R pairs of this rank, F forms of an embedding (direct, reconstructed), D embedding size.
+Shape suffixes: N rows and R pairs of this rank, F forms of an embedding (direct, reconstructed), D embedding size, S
+sizes of the embedding that are trained.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class FineTuneTask(MuCoTask):
         queries, targets = ([rows.queries for rows in rows_per_rank], [rows.targets for rows in rows_per_rank])
         scale = world_size / (sum(queries) // self.forms)
         terms = self._terms(query, target, targets, negative, [rows.negatives for rows in rows_per_rank])
-        loss = torch.stack([term.loss_sum for term in terms]).sum() * scale
+        loss_S = torch.stack([term.loss_sum for term in terms]).sum(0) * scale
         if self.options.symmetric:
             back = self._terms(target, query, queries, negative.part(slice(0)), [0] * world_size)
-            loss = (loss + torch.stack([term.loss_sum for term in back]).sum() * scale) / 2
-        return TaskLoss.of(loss, terms, world_size)
+            loss_S = (loss_S + torch.stack([term.loss_sum for term in back]).sum(0) * scale) / 2
+        return TaskLoss.of(loss_S, terms, world_size, self.sizes(emb_ED))
 
     def _terms(
         self, row: _Rows, paired: _Rows, paired_counts: list[int], other: _Rows, other_counts: list[int]

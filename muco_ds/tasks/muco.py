@@ -1,6 +1,7 @@
 """MuCo pre-training (arXiv 2602.06393): each question of a picture against the targets of every other picture.
 
-Shape suffixes: E pooled rows of this rank, R rows of a loss and N keys of this rank, K keys of all, D embedding size.
+Shape suffixes: E pooled rows of this rank, R rows of a loss and N keys of this rank, K keys of all, D embedding size, S
+sizes of the embedding that are trained.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 from muco_ds.config import LossOptions
+from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.schema import PackedBatch, RowCounts, by_side
 from muco_ds.distributed.gather import gather_rows, gather_table
 from muco_ds.distributed.ring import ring_info_nce
 from muco_ds.losses import InfoNCE, RowIds, info_nce
+from muco_ds.losses.matryoshka import over_sizes
 from muco_ds.models.embedder import Embedder, KeptVision
 
 GATHERED_BYTES = 2**30
@@ -30,11 +33,15 @@ class TaskLoss:
     stats: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, loss: torch.Tensor, terms: Sequence[InfoNCE], world_size: int) -> TaskLoss:
-        """With the statistics of all terms together: those of `InfoNCE`, `rows`, and the `loss` that sums to it."""
+    def of(cls, loss_S: torch.Tensor, terms: Sequence[InfoNCE], world_size: int, sizes: Sequence[int]) -> TaskLoss:
+        """The mean over sizes, with the statistics of all terms together: those of `InfoNCE`, `rows`, and the `loss`
+        that sums to it; `loss_64` and so on where there are several sizes."""
+        loss = loss_S.mean()
         stats = {name: torch.stack([term.stats[name] for term in terms]).sum() for name in terms[0].stats}
         rows = torch.full((), sum(term.count for term in terms), device=loss.device, dtype=torch.float32)
-        return cls(loss, {**stats, "rows": rows, "loss": loss.detach() / world_size})
+        parts = loss_S.detach() / world_size
+        by_size = {f"loss_{size}": part for size, part in zip(sizes, parts, strict=True)} if len(sizes) > 1 else {}
+        return cls(loss, {**stats, **by_size, "rows": rows, "loss": loss.detach() / world_size})
 
 
 class MuCoTask(nn.Module):
@@ -70,13 +77,17 @@ class MuCoTask(nn.Module):
         )
         forward = self._info_nce(query_ED, query_ids_E3, key_ED, key_ids_E3, [rows.keys for rows in rows_per_rank])
         world_size = len(rows_per_rank)
-        loss = forward.loss_sum * (world_size / sum(rows.queries for rows in rows_per_rank))
+        loss_S = forward.loss_sum * (world_size / sum(rows.queries for rows in rows_per_rank))
         if self.options.symmetric:
             target_ED, target_ids_E3 = key_ED[:targets], key_ids_E3[:targets]
             query_counts = [rows.queries for rows in rows_per_rank]
             backward = self._info_nce(target_ED, target_ids_E3, query_ED, query_ids_E3, query_counts)
-            loss = (loss + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
-        return TaskLoss.of(loss, [forward], world_size)
+            loss_S = (loss_S + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
+        return TaskLoss.of(loss_S, [forward], world_size, self.sizes(emb_ED))
+
+    def sizes(self, emb_ED: torch.Tensor) -> list[int]:
+        """The sizes of the embedding that are trained, ascending, D last."""
+        return sizes_of(self.options.matryoshka, emb_ED.shape[1])
 
     def _info_nce(
         self,
@@ -86,14 +97,21 @@ class MuCoTask(nn.Module):
         key_ids_N3: torch.Tensor,
         counts: list[int],
     ) -> InfoNCE:
-        """This rank's rows against the keys of all ranks, which hold `counts` of them."""
+        """This rank's rows against the keys of all ranks, which hold `counts` of them; `loss_sum` is by size."""
         names = ("temperature", "mask_same_image", "mask_same_target")
         options = {name: getattr(self.options, name) for name in names}
-        row_ids = RowIds.from_table(row_ids_R3)
+        row_ids, sizes = RowIds.from_table(row_ids_R3), self.sizes(key_ND)
         if self._travels(key_ND, counts):
-            return ring_info_nce(row_RD, key_ND, row_ids, RowIds.from_table(key_ids_N3), counts, **options)
-        key_ids_K3 = gather_table(key_ids_N3, counts)
-        return info_nce(row_RD, gather_rows(key_ND, counts), row_ids, RowIds.from_table(key_ids_K3), **options)
+            key_ids = RowIds.from_table(key_ids_N3)
+            return over_sizes(
+                lambda row_RP, key_NP: ring_info_nce(row_RP, key_NP, row_ids, key_ids, counts, **options),
+                *(row_RD, key_ND, sizes),
+            )
+        key_ids = RowIds.from_table(gather_table(key_ids_N3, counts))
+        return over_sizes(
+            lambda row_RP, key_KP: info_nce(row_RP, key_KP, row_ids, key_ids, **options),
+            *(row_RD, gather_rows(key_ND, counts), sizes),  # gathered once, at full width
+        )
 
     def _travels(self, key_ND: torch.Tensor, counts: list[int]) -> bool:
         """Whether the keys go round in a ring instead of being gathered; every rank decides alike."""

@@ -6,7 +6,6 @@ what the rows of the data file say; from the package it takes only what was draw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -54,6 +53,7 @@ class Case:
     symmetric: bool = False
     pack_tokens: int = 10**5
     exchange: str = "gather"
+    sizes: tuple[int, ...] = ()
 
 
 MUCO = TaskOptions(query_history=0.5, target_history=0.5, negatives=2)
@@ -65,6 +65,10 @@ CASES = {
     "joint, symmetric, packs, ring": Case(JOINT, symmetric=True, pack_tokens=500, exchange="ring"),
     "separate, packs": Case(replace(JOINT, compound="separate"), pack_tokens=500),
     "separate, symmetric": Case(replace(JOINT, compound="separate"), symmetric=True),
+    "muco, sizes": Case(MUCO, sizes=(24, 8)),
+    "muco, symmetric, sizes, packs, ring": Case(MUCO, symmetric=True, pack_tokens=600, exchange="ring", sizes=(8, 24)),
+    "joint, sizes, ring": Case(JOINT, exchange="ring", sizes=(8, 96)),
+    "separate, symmetric, sizes": Case(replace(JOINT, compound="separate"), symmetric=True, sizes=(8,)),
     "no reconstruction": Case(TaskOptions(name="finetune", negatives=3), pack_tokens=300),
 }
 
@@ -127,12 +131,18 @@ def run_config(folder: Path, case: Case) -> RunConfig:
         task=case.task,
         batch=BatchOptions(images=IMAGES, pack_tokens=case.pack_tokens),
         optim=OptimOptions(warmup_steps=0),
-        loss=LossOptions(temperature=TEMPERATURE, symmetric=case.symmetric, key_exchange=case.exchange),  # type: ignore[arg-type]
+        loss=LossOptions(
+            temperature=TEMPERATURE,
+            symmetric=case.symmetric,
+            key_exchange=case.exchange,  # type: ignore[arg-type]
+            matryoshka=list(case.sizes) or None,
+        ),
     )
 
 
-def trained(folder: Path) -> dict[str, tuple[float, dict[str, torch.Tensor], int]]:
-    """Of each case the global loss, the gradients averaged over the ranks, and the packs of a rank."""
+def trained(folder: Path) -> dict[str, tuple[dict[str, float], dict[str, torch.Tensor], int]]:
+    """Of each case the global losses (of all, and of each size), the gradients averaged over the ranks, and the packs
+    of a rank."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     results = {}
     for name, case in CASES.items():
@@ -145,14 +155,15 @@ def trained(folder: Path) -> dict[str, tuple[float, dict[str, torch.Tensor], int
         assert isinstance(batch, StepBatch) and batch.rows_per_rank[rank].negatives > 0
         result = task.loss([task(pack) for pack in batch.packs], batch.packs, batch.rows_per_rank)
         result.loss.backward()
-        loss, gradients = result.stats["loss"].clone(), {}
+        losses = {key: value.clone() for key, value in result.stats.items() if key.startswith("loss")}
+        gradients = {}
         for parameter_name, parameter in backbone.named_parameters():
             assert parameter.grad is not None, f"{parameter_name} has no gradient on rank {rank}"
             gradients[parameter_name] = parameter.grad / world_size
         if world_size > 1:
-            for tensor in (loss, *gradients.values()):
+            for tensor in (*losses.values(), *gradients.values()):
                 dist.all_reduce(tensor)
-        results[name] = (float(loss), gradients, len(batch.packs))
+        results[name] = ({key: float(loss) for key, loss in losses.items()}, gradients, len(batch.packs))
     return results
 
 
@@ -168,6 +179,10 @@ class Key:
     form: int
     image: Any
     target: Any
+
+    def cut(self, size: int) -> Key:
+        head_D = self.emb_D[:size]
+        return replace(self, emb_D=head_D / head_D.square().sum().sqrt())
 
 
 class Stock:
@@ -256,22 +271,33 @@ def one_way(rows: list[Key], keys: list[Key], others: list[Key], forms: int, joi
     return total / (len(rows) / forms)
 
 
+def loss_of(case: Case, queries: list[Key], targets: list[Key], negatives: list[Key]) -> torch.Tensor:
+    """Of the embeddings as they are."""
+    forms, joint = (2 if case.task.reconstruct else 1), case.task.compound == "joint"
+    loss = one_way(queries, targets, negatives, forms, joint)
+    if case.symmetric:
+        loss = (loss + one_way(targets, queries, [], forms, joint)) / 2
+    return loss
+
+
 @cache
-def reference(folder: Path) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
+def reference(folder: Path) -> dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]]:
     stock, results = Stock(folder), {}
     for name, case in CASES.items():
         data = build_data(run_config(folder, case), 1)
         rows = pq.read_table(folder / f"{case.task.name}.parquet").to_pylist()
-        queries, targets, negatives = keys_of(data, stock, rows)
+        sides = queries, _, negatives = keys_of(data, stock, rows)
         assert any(negative.target == query.target for negative in negatives for query in queries) or "joint" in name
-        forms, joint = (2 if case.task.reconstruct else 1), case.task.compound == "joint"
-        loss = one_way(queries, targets, negatives, forms, joint)
-        if case.symmetric:
-            loss = (loss + one_way(targets, queries, [], forms, joint)) / 2
+        sizes = sorted({*case.sizes, len(queries[0].emb_D)})
+        by_size = [loss_of(case, *([key.cut(size) for key in keys] for keys in sides)) for size in sizes]
+        loss = sum(by_size) / len(sizes)
+        losses = {"loss": loss.item()}
+        if case.sizes:
+            losses |= {f"loss_{size}": part.item() for size, part in zip(sizes, by_size, strict=True)}
         stock.model.zero_grad()
         loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in stock.model.named_parameters()}
-        results[name] = (loss.item(), gradients)
+        results[name] = (losses, gradients)
     return results
 
 
@@ -279,10 +305,10 @@ def reference(folder: Path) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
 def test_loss_and_gradients_are_those_written_by_hand(folder: Path, world_size: int) -> None:
     for results in run_distributed(trained, world_size, folder, timeout_s=300.0):
         for name, (expected, expected_gradients) in reference(folder).items():
-            loss, gradients, packs = results[name]
+            losses, gradients, packs = results[name]
             assert packs == 1 or "packs" in name or "no " in name, name
             assert packs > 1 or "packs" not in name or world_size > 1, name
-            assert math.isclose(loss, expected, rel_tol=1e-6), (name, loss, expected)
+            assert losses == pytest.approx(expected, rel=1e-6), name
             assert gradients.keys() == expected_gradients.keys()
             whole = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
             for parameter, gradient in expected_gradients.items():

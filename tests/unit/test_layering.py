@@ -19,6 +19,7 @@ LEVELS = [
         "config",
         "config_cli",
         "config_lora",
+        "config_matryoshka",
         "config_task",
         "ds_config",
         "ops",

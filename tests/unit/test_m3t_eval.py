@@ -53,8 +53,8 @@ def test_scores_of_a_real_model_equal_those_by_hand() -> None:
     task, left_out = M3TTask.from_reader(held_out())
     assert left_out == 0 and len(task.answers) == 8 * 7
     device = torch.device("cpu")
-    ranking = task.rank(embedder(), packer(), pack_tokens=2000, device=device, progress=False)
-    results = task.results(ranking)
+    rankings = task.rank(embedder(), packer(), pack_tokens=2000, device=device, progress=False)
+    results, (ranking,) = task.results(rankings), rankings.values()
     assert set(results) == {"overall", *(f"turn_{kind}" for kind in range(7))}
     assert results["overall"]["queries"] == 56 and results["overall"]["candidates"] == len(task.candidates)
     assert results["overall"]["chance"] == 1 / len(task.candidates)

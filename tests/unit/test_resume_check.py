@@ -39,7 +39,7 @@ BOUND = {
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
-    *("loss.mask_same_target", "deepspeed", "optim.vision_lr"),
+    *("loss.mask_same_target", "loss.matryoshka", "deepspeed", "optim.vision_lr"),
     *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "dora", "targets", "train_new_rows")),
 }
 
@@ -112,6 +112,21 @@ def test_a_key_that_the_saved_run_did_not_know_is_refused(saved: Path) -> None:
 def test_other_rows_under_the_same_path_are_refused(saved: Path, data: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="usable rows"):
         check_same_run(saved, CONFIG, data)
+
+
+@pytest.mark.parametrize(("before", "now"), [(None, [8]), ([8, 16], [8]), ([8], [8, 16]), ([8], None)])
+def test_sizes_are_compared_as_a_list(saved: Path, before: list[int] | None, now: list[int] | None) -> None:
+    meta = json.loads((saved / "meta.json").read_text())
+    meta["config"]["loss"]["matryoshka"] = before
+    content = json.dumps(meta)
+    (saved / "meta.json").write_text(content)
+    (saved / MANIFEST).write_text(json.dumps({"files": {"meta.json": len(content)}}))
+    config = copy.deepcopy(meta["config"])
+    check_same_run(saved, config, DATA)
+    config["loss"]["matryoshka"] = now
+    with pytest.raises(UserError) as error:
+        check_same_run(saved, config, DATA)
+    assert str(error.value).startswith(f"loss.matryoshka={now} but {saved} was trained with {before}: ")
 
 
 def test_a_mixture_is_compared_entry_by_entry(saved: Path) -> None:
