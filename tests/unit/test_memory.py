@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import Qwen2VLConfig
+from transformers import Qwen2VLConfig, Qwen3VLConfig
 
 from muco_ds.config_lora import LoraOptions
 from muco_ds.data.schema import Dialogue, PackedBatch
@@ -283,6 +283,26 @@ def test_the_released_2b() -> None:
     layer = 2 * 8 * 1536 + 2 * (2 * 1536 + 2 * 256) + 4 * 12 + (4 + 3) * 2 * 8960
     assert zero3.activations == pytest.approx(18000 * (28 * 2 * 1536 + layer + 2 * 2 * 128 + 2 * 1536), rel=1e-2)
     assert 8 * GIB < zero3.total < 12 * GIB
+
+
+def test_the_released_qwen3_vl_2b() -> None:
+    """Its 2,127,532,032 parameters; head norms, and three feature maps beside the tower's output, by hand."""
+    text = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+    config = Qwen3VLConfig(
+        text_config={**text, "head_dim": 128, "intermediate_size": 6144, "vocab_size": 151936},
+        vision_config={**vision, "out_hidden_size": 2048, "num_heads": 16},
+    )
+    assert sum(weight.numel for weight in parameters(config, 151671, freeze_vision=True)) == 2_127_532_032
+    attention = 2 * (2 * 2048 + 2 * 1024) + 4 * 16
+    layer = 2 * 8 * 2048 + 6 * (2048 + 1024) + attention + 4 * 2 * 6144
+    assert text_layer_bytes(text_shape(config), 1, 1, 2, fused=True) == layer
+    assert vision_block_bytes(vision_shape(config), 1, 2, fused=True) == 2 * (4 + 6) * 1024 + 4 * 16 + 2 * 2 * 4096
+    options: dict[str, Any] = {"world_size": 8, "precision": "bf16"}
+    one = Load(1, 1000, 1000, 4000, 4000, 14, 14)
+    several = replace(one, packs=2)
+    kept = [tiny_estimate(config, shipped("zero3"), load, **options).inputs for load in (one, several)]
+    assert kept[1] - kept[0] == 2 * 2048 * 4 * 1000
 
 
 def test_what_a_change_costs_or_saves() -> None:
