@@ -219,7 +219,7 @@ def keys_of(data: Data, stock: Stock, rows: list[dict[str, Any]]) -> tuple[list[
         number_of_row = int(data.plan.index.samples["row"][sample])
         row = rows[number_of_row]
         image = row["qry_image_path"] or number_of_row
-        _, targets, *_ = made = data.plan.stage.sides(sample, number)
+        _, targets, *_ = made = data.plan.stage.sides(sample, number, STEP)
         for side in made:
             of_turn = targets.dialogue if side.kind == QUERY else side.dialogue
             pairs = row["qry"] is not None and not isinstance(row["qry"], str)  # M3T: each turn is a pair

@@ -35,6 +35,7 @@ FREE = {
 BOUND = {
     *("run.name", "run.seed", "run.precision", "model.path", "model.pool_token", "model.freeze_vision"),
     *("task.name", "task.query_history", "task.target_history", "task.negatives", "task.reconstruct"),
+    *("task.turns", "task.turn_weights", "curriculum.steps", "curriculum.turns", "curriculum.negatives"),
     *("task.compound", "prompts.after_query", "prompts.after_target"),
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
@@ -46,7 +47,7 @@ BOUND = {
 
 def keys() -> list[str]:
     def leaves(tree: dict[str, Any], prefix: str) -> list[str]:
-        found = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}"] for k, v in tree.items()]
+        found = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [f"{prefix}{k}"] for k, v in tree.items()]
         return [key for part in found for key in part]
 
     return leaves(CONFIG, "")
