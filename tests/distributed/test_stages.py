@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from muco_ds.config import (
     RunOptions,
     TaskOptions,
 )
+from muco_ds.config_curriculum import CurriculumOptions
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.images import decode
 from muco_ds.data.schema import NEGATIVE, QUERY, Side, StepBatch
@@ -54,6 +55,7 @@ class Case:
     symmetric: bool = False
     pack_tokens: int = 10**5
     exchange: str = "gather"
+    curriculum: CurriculumOptions = field(default_factory=CurriculumOptions)
 
 
 MUCO = TaskOptions(query_history=0.5, target_history=0.5, negatives=2)
@@ -61,6 +63,11 @@ JOINT = TaskOptions(name="finetune", reconstruct=True, negatives=1)
 CASES = {
     "muco with negatives": Case(MUCO),
     "muco with negatives, packs": Case(MUCO, pack_tokens=600),
+    "muco, on the way to four turns, packs": Case(
+        replace(MUCO, turns=4, turn_weights={0: 0.5, 3: 4.0, 4: 0.0}),
+        pack_tokens=400,
+        curriculum=CurriculumOptions(steps=4, turns=1, negatives=1),
+    ),
     "joint": Case(JOINT),
     "joint, symmetric, packs, ring": Case(JOINT, symmetric=True, pack_tokens=500, exchange="ring"),
     "separate, packs": Case(replace(JOINT, compound="separate"), pack_tokens=500),
@@ -125,6 +132,7 @@ def run_config(folder: Path, case: Case) -> RunConfig:
         model=ModelOptions(str(folder / "model"), freeze_vision=False, activation_checkpointing=False),
         data=DataOptions(data, images, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS),
         task=case.task,
+        curriculum=case.curriculum,
         batch=BatchOptions(images=IMAGES, pack_tokens=case.pack_tokens),
         optim=OptimOptions(warmup_steps=0),
         loss=LossOptions(temperature=TEMPERATURE, symmetric=case.symmetric, key_exchange=case.exchange),  # type: ignore[arg-type]
