@@ -29,7 +29,7 @@ from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.errors import UserError
 from muco_ds.preflight import preflight
 
-from demo import Demo, Rows, mixed_rows, row, synthetic_index, write_rows
+from demo import Demo, Rows, mixed_rows, open_data, row, synthetic_index, write_picture, write_rows
 
 WEIGHTS = {1: 0.0, 2: 5.0, 3: 0.5}
 GROWING = {"turns": Limit(4, 1, 8), "turn_weights": WEIGHTS, "negatives": Limit(3, 0, 8)}
@@ -204,6 +204,21 @@ def test_no_step_of_a_curriculum_outgrows_a_pack(scenes: Rows, ragged: Rows, his
                 plan_of(rows, stage, pack_tokens=int(longest.max()) - 1)
             parts = [stage.longest(*part) for part in ((0, 1), (1, 17), (17, len(index)))]
             assert (np.concatenate(parts) == longest).all()
+
+
+@pytest.mark.parametrize("history", [0.0, 1.0])
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_picture_that_is_a_question_is_within_the_longest(
+    demo: Demo, tmp_path: Path, history: float, most: int
+) -> None:
+    """No newline follows a picture where the first turn has no text, and which turn is first is drawn."""
+    write_picture(tmp_path / "x.png", 60, 60)
+    rows = [row([["<|image_1|>\n"], ["a"]], ["red green blue", "red green"], "x.png")]
+    data = open_data(demo, write_rows(tmp_path / "rows.parquet", rows), tmp_path, tmp_path)
+    stage = stage_of(data, history, turns=Limit(most))
+    batches = [Collator(stage, data.packer)(np.array([0]), np.array([number]), 0) for number in range(20)]
+    longest = int(longest_rows(stage)[0])
+    assert longest - 2 <= max(batch.tokens for batch in batches) <= longest
 
 
 def batches_of(rows: Rows, world_size: int, start: int = 0, workers: int = 0) -> list[list[StepBatch]]:
