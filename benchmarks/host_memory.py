@@ -69,7 +69,7 @@ def measure(model: str, folder: str, rows: int, queue: multiprocessing.Queue) ->
     for number in range(STEPS):
         step = plan.step(number)
         for pack in step.packs[0]:
-            collator(step.samples_B[pack], step.passes_B[pack])
+            collator(step.samples_B[pack], step.passes_B[pack], number)
     queue.put(anonymous_mib() - before)
 
 

@@ -110,7 +110,7 @@ def measure(plan: Plan, steps: int) -> dict[str, Any]:
         start = time.perf_counter()
         step = plan.step(number)
         step_ms.append(1e3 * (time.perf_counter() - start))
-        costs = plan.costs(step.samples_B, step.passes_B)
+        costs = plan.costs(step.samples_B, step.passes_B, number)
         start = time.perf_counter()
         assign(costs.flops_B, costs.tokens_B, plan.world_size, plan.pack_tokens)
         assign_ms.append(1e3 * (time.perf_counter() - start))
@@ -135,7 +135,7 @@ def advised(plan: Plan, steps: int) -> int:
     budgets = []
     for number in range(steps):
         step = plan.step(number)
-        tokens_B = plan.costs(step.samples_B, step.passes_B).tokens_B
+        tokens_B = plan.costs(step.samples_B, step.passes_B, number).tokens_B
         budgets.append(least_pack_tokens(tokens_B, plan.world_size, len(step.packs[0]), plan.pack_tokens))
     return max(budgets)
 

@@ -20,10 +20,11 @@ from muco_ds.data.loader import StepDataset
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader, PairReader, Reader
-from muco_ds.data.schema import Record
+from muco_ds.data.schema import TURNS_PER_SAMPLE, Record
 from muco_ds.data.stages.base import Stage
+from muco_ds.data.stages.curriculum import Limit
 from muco_ds.data.stages.finetune import FineTuneStage
-from muco_ds.data.stages.muco import MuCoStage
+from muco_ds.data.stages.muco import MuCoStage, check_kinds
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.distributed import env
 from muco_ds.distributed.gradient_cache import prepare
@@ -68,8 +69,9 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
         processing = load_processing(config)
         packer = processing.packer()
     reader, index = open_sources(config, packer)
-    stage = build_stage(config, index, reader, packer.template)
     with env.agreement():
+        stage = build_stage(config, index, reader, packer.template)
+        check_kinds(index, config.task.turn_weights)
         if config.task.negatives and not len(index.negatives):
             raise UserError(
                 f"task.negatives={config.task.negatives} but no row of data.train holds any: fill the columns neg_text "
@@ -100,7 +102,12 @@ def load_processing(config: RunConfig) -> Processing:
 
 def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatTemplate) -> Stage:
     """The data half of the stage that `task.name` names, over these rows."""
-    task, seed = config.task, config.run.seed
+    task, curriculum, seed = config.task, config.curriculum, config.run.seed
+
+    def limit(last: int, first: int | None) -> Limit:
+        return Limit(last) if first is None else Limit(last, first, curriculum.steps)
+
+    negatives = limit(task.negatives, curriculum.negatives)
     if task.name == "finetune":
         return FineTuneStage(
             index,
@@ -110,7 +117,7 @@ def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatT
             reconstruct=task.reconstruct,
             after_query=config.prompts.after_query,
             after_target=config.prompts.after_target,
-            negatives=task.negatives,
+            negatives=negatives,
         )
     return MuCoStage(
         index,
@@ -119,7 +126,9 @@ def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatT
         seed=seed,
         query_history=task.query_history,
         target_history=task.target_history,
-        negatives=task.negatives,
+        turns=limit(TURNS_PER_SAMPLE if task.turns is None else task.turns, curriculum.turns),
+        turn_weights=task.turn_weights,
+        negatives=negatives,
     )
 
 

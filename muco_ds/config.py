@@ -19,6 +19,8 @@ from typing import Literal
 
 import yaml
 
+from muco_ds.config_curriculum import RANGES as CURRICULUM_RANGES
+from muco_ds.config_curriculum import CurriculumOptions, check_curriculum
 from muco_ds.config_lora import LoraOptions, check_adapter
 from muco_ds.config_matryoshka import check_sizes
 from muco_ds.config_task import PromptOptions, TaskOptions, check_task
@@ -241,6 +243,7 @@ class RunConfig:
         model: The backbone.
         data: Rows and pictures.
         task: The objective.
+        curriculum: From easy to hard.
         prompts: Wording of the turns that ask for a reconstruction.
         batch: The global batch.
         optim: AdamW and its schedule.
@@ -255,6 +258,7 @@ class RunConfig:
     model: ModelOptions
     data: DataOptions
     task: TaskOptions = field(default_factory=TaskOptions)
+    curriculum: CurriculumOptions = field(default_factory=CurriculumOptions)
     prompts: PromptOptions = field(default_factory=PromptOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -281,6 +285,8 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "task.query_history": (0, True, 1),
     "task.target_history": (0, True, 1),
     "task.negatives": (0, True, math.inf),
+    "task.turns": (1, True, math.inf),
+    **CURRICULUM_RANGES,
     "data.workers": (0, True, math.inf),
     "data.min_pixels": (1, True, math.inf),
     "data.max_pixels": (1, True, math.inf),
@@ -336,6 +342,7 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"{problem}, {config.batch.images}: set it to a divisor")
     _check_weights(data.sources())
     check_sizes(config.loss.matryoshka or [], "loss.matryoshka")
+    check_curriculum(config.curriculum, config.task)
     check_task(config.task, config.prompts, masks=config.loss.mask_same_image or config.loss.mask_same_target)
     if run.precision == "fp32" and config.model.attention in ("flash_attn", "varlen"):
         raise UserError(f"model.attention={config.model.attention} needs run.precision=bf16: set model.attention=auto")

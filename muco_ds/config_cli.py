@@ -193,7 +193,7 @@ def _section_items(tree: dict, known: dict[str, str], path: str, prefix: str = "
 def _check_list(key: str, value: Any, path: str) -> None:
     """Refuse a list (of a mixture's data sets) in which an entry has an unknown key or lacks its path."""
     names = [item.name for item in fields(Source)]
-    for i, entry in enumerate(value if isinstance(value, list) else []):
+    for i, entry in enumerate(value if isinstance(value, list) and key == "data.train" else []):
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise UserError(f"{path}: {key}[{i}] has no path: write - {{path: FILE, images: FOLDER, weight: NUMBER}}")
         for name in entry:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from muco_ds.errors import UserError
@@ -17,6 +18,9 @@ class TaskOptions:
         query_history: Probability in [0, 1] that the turns of a query dialogue see the earlier ones (paper: 1).
         target_history: Probability in [0, 1] that the turns of a target dialogue see the earlier ones (paper: 1).
         negatives: Most hard negatives of a row (neg_text, neg_image_path) to use in a step, drawn anew in each pass.
+        turns: Most turns of a row to use in a step, drawn anew in each pass; null: all of them (paper).
+        turn_weights: Kind of turn (its place in its row, from 0) -> its weight in that draw, as in {0: 0.5, 5: 2}; 0:
+            never used, with `turns: null` too. Kinds that are not named weigh 1.
         reconstruct: Fine-tuning's second embedding of each side, after the masked other side (paper: yes).
         compound: Keys of its four terms: direct and reconstructed together ("joint", paper) or by themselves
             ("separate", released code).
@@ -26,6 +30,8 @@ class TaskOptions:
     query_history: float = 1.0
     target_history: float = 1.0
     negatives: int = 0
+    turns: int | None = None
+    turn_weights: dict[int, float] = field(default_factory=dict)
     reconstruct: bool = False
     compound: Literal["joint", "separate"] = "joint"
 
@@ -63,6 +69,17 @@ def check_task(task: TaskOptions, prompts: PromptOptions, *, masks: bool) -> Non
             f"task.query_history and task.target_history are {histories} but task.name is finetune, whose second turn "
             "always sees the first: leave both at 1"
         )
+    if task.name == "finetune" and (task.turns is not None or task.turn_weights):
+        raise UserError(
+            "task.turns and task.turn_weights choose among the turns of a row but task.name is finetune, whose rows "
+            "are single pairs: leave both out"
+        )
+    for kind, weight in task.turn_weights.items():
+        if not (kind >= 0 and 0 <= weight < math.inf):
+            raise UserError(
+                f"task.turn_weights holds {{{kind}: {weight}}}: a kind is a number from 0, its weight a finite number "
+                "of at least 0"
+            )
     if task.compound == "separate" and not task.reconstruct:
         raise UserError("task.compound is separate but task.reconstruct is false: set the second to true")
     if task.reconstruct and task.compound == "joint" and not masks:

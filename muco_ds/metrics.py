@@ -22,7 +22,7 @@ from muco_ds.data.schema import StepBatch
 METRIC_KEYS = frozenset(
     {"step", "loss", "lr", "grad_norm", "temperature", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s"}
     | {"tokens_per_s", "mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "masked_frac"}
-    | {"in_batch_top1", "pos_sim", "hardest_neg_sim"}
+    | {"in_batch_top1", "pos_sim", "hardest_neg_sim", "negatives"}
 )
 """Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak."""
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from muco_ds.build import Data, build_data
 from muco_ds.config import RunConfig
 from muco_ds.data.assign import least_pack_tokens
-from muco_ds.data.plan import Plan, StepPlan
+from muco_ds.data.plan import Plan, StepPlan, spread_steps
 from muco_ds.data.stages.base import longest_rows
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.memory import GIB, Load, Memory, estimate
@@ -79,7 +79,7 @@ def preflight(config: RunConfig, ranks: int, gpu_memory_gib: float, most_steps: 
     data = build_data(config, ranks)
     plan = data.plan
     steps = config.run.steps(plan.mixture.steps_per_epoch)
-    chosen = np.unique(np.linspace(0, steps - 1, min(most_steps, steps)).round().astype(int)).tolist()
+    chosen = spread_steps(steps, most_steps)
     planned = [look_at(plan, plan.step(step)) for step in tqdm(chosen, "planning", disable=not progress)]
     memory = estimated(config, data, ranks, worst(planned))
     return Report(
@@ -99,7 +99,7 @@ def preflight(config: RunConfig, ranks: int, gpu_memory_gib: float, most_steps: 
 
 
 def look_at(plan: Plan, step: StepPlan) -> Planned:
-    costs = plan.costs(step.samples_B, step.passes_B)
+    costs = plan.costs(step.samples_B, step.passes_B, step.step)
     tokens_B, attended_B, patches_B = costs.tokens_B, costs.attended_B, costs.patches_B
     packs = [pack for rank in step.packs for pack in rank]
     n_packs = len(step.packs[0])

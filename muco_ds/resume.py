@@ -149,11 +149,13 @@ def describe_data(index: Index) -> dict[str, Any]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not all(str(name).isdigit() for name in value):
             flat.update(_flat(value, f"{prefix}{key}."))
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):  # a mixture's data sets
             for i, item in enumerate(value):
                 flat.update(_flat(item, f"{prefix}{key}[{i}]."))
+        elif isinstance(value, dict):  # numbers by number, which JSON has by text
+            flat[f"{prefix}{key}"] = {str(name): item for name, item in value.items()}
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -21,6 +21,7 @@ from muco_ds.checkpoint import Checkpoints, load_files
 from muco_ds.config import RunConfig, save_config
 from muco_ds.data.draws import DROPOUT, draw_u64
 from muco_ds.data.loader import step_batches
+from muco_ds.data.plan import spread_steps
 from muco_ds.data.schema import PackedBatch, StepBatch
 from muco_ds.distributed import env
 from muco_ds.distributed.gradient_cache import cached_backward
@@ -123,9 +124,9 @@ class Trainer:
                 self._save(step)
         return not stopped
 
-    def dry_run(self, look_ahead: int = 50) -> None:
-        """Forward and backward of the largest of the first steps, without an update: fail in the first minute."""
-        plans = [self.data.plan.step(step) for step in range(min(look_ahead, self.max_steps))]
+    def dry_run(self, most_steps: int = 50) -> None:
+        """Forward and backward of the largest of some steps of the run, without an update: fail in the first minute."""
+        plans = [self.data.plan.step(step) for step in spread_steps(self.max_steps, most_steps)]
         largest = max(plans, key=lambda plan: plan.tokens)
         batch = self.data.steps(self.max_steps)[largest.step]
         if isinstance(batch, UserError):
@@ -208,6 +209,7 @@ class Trainer:
             "grad_norm": None if self.guard.grad_norm is None else float(self.guard.grad_norm),
             "temperature": self.config.loss.temperature,
             "pairs": batch.pairs,
+            "negatives": sum(rows.negatives for rows in batch.rows_per_rank),
             "images": batch.images,
             "llm_tokens": int(batch.cost["llm_tokens"]),
             "vit_patches": int(batch.cost["vit_patches"]),

@@ -31,7 +31,7 @@ def main() -> int:
     check_paths(config)
     data = build_data(config)
     samples, passes = data.plan.mixture.batch(options.step)
-    sides = data.collator.sides(samples[: options.examples], passes[: options.examples])
+    sides = data.collator.sides(samples[: options.examples], passes[: options.examples], options.step)
     batch = data.packer.pack(sides, replace_broken=True)
     batch_picture(batch, sides, data.packer.template).save(options.output)
     pairs = batch.counts.queries // data.plan.stage.forms

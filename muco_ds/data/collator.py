@@ -94,20 +94,20 @@ class _Row:
 
 
 class Collator:
-    """Sample positions of one pack -> PackedBatch, with their pass's draws."""
+    """Sample positions of one pack of a step -> PackedBatch, with their pass's draws."""
 
     def __init__(self, stage: Stage, packer: Packer) -> None:
         self.stage, self.packer = stage, packer
 
-    def __call__(self, samples_B: np.ndarray, passes_B: np.ndarray) -> PackedBatch:
-        return self.packer.pack(self.sides(samples_B, passes_B), replace_broken=True)
+    def __call__(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> PackedBatch:
+        return self.packer.pack(self.sides(samples_B, passes_B, step), replace_broken=True)
 
-    def sides(self, samples_B: np.ndarray, passes_B: np.ndarray) -> list[Side]:
+    def sides(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> list[Side]:
         """The dialogues of these samples, in packing order."""
         sides: list[Side] = []
         for sample, number in zip(samples_B.tolist(), passes_B.tolist(), strict=True):
             try:
-                sides += self.stage.sides(sample, number)
+                sides += self.stage.sides(sample, number, step)
             except RowError as error:
                 raise RowError(f"{self.stage.index.name(sample)}: {error}") from error
         return sides

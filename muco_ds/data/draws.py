@@ -19,7 +19,9 @@ import numpy as np
     QUERY_COUNTERPART,
     TARGET_COUNTERPART,
     DROPOUT,
-) = range(10)
+    TURNS,
+    CURRICULUM,
+) = range(12)
 """Purposes: two draws with different purposes are independent."""
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

@@ -32,7 +32,7 @@ from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 
-VERSION = 5
+VERSION = 6
 CHUNK_ROWS = 256
 _VISIBLE_WITHIN_S = 60.0  # network file systems may show a new folder late
 
@@ -52,7 +52,7 @@ SAMPLE = np.dtype(
         ("patches_squared", "i8"),  # sum over pictures of patches^2: the vision tower's attention
     ]
 )
-TURN = np.dtype([("target_tokens", "i4"), ("target_hash", "i8"), ("question_end", "i8")])
+TURN = np.dtype([("target_tokens", "i4"), ("target_hash", "i8"), ("question_end", "i8"), ("kind", "i4")])
 QUESTION = np.dtype("i4")  # tokens of each paraphrase
 NEGATIVE = np.dtype(
     [
@@ -204,7 +204,7 @@ class Indexer:
         for turn in record.turns:
             rows_of["questions"] += [next(tokens) for _ in turn.questions]
             hashed = target_hash(turn.target, record.target_images)
-            rows_of["turns"].append((next(tokens), hashed, len(rows_of["questions"])))
+            rows_of["turns"].append((next(tokens), hashed, len(rows_of["questions"]), turn.kind))
         for negative, picture in zip(record.negatives, pictures, strict=True):
             rows_of["negatives"].append((next(tokens), target_hash(negative.text, negative.images), *picture))
         word_ends = []

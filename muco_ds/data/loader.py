@@ -28,7 +28,7 @@ class StepDataset(Dataset[StepBatch | UserError]):
     def __getitem__(self, step: int) -> StepBatch | UserError:
         try:
             plan = self.plan.step(step)
-            packs = [self.collator(plan.samples_B[pack], plan.passes_B[pack]) for pack in plan.packs[self.rank]]
+            packs = [self.collator(plan.samples_B[pack], plan.passes_B[pack], step) for pack in plan.packs[self.rank]]
         except UserError as error:
             return error
         except RowError as error:

@@ -92,7 +92,7 @@ class Plan:
 
     def step(self, step: int) -> StepPlan:
         samples_B, passes_B = self.mixture.batch(step)
-        costs = self.costs(samples_B, passes_B)
+        costs = self.costs(samples_B, passes_B, step)
         packs = assign(costs.flops_B, costs.tokens_B, self.world_size, self.pack_tokens)
         assignment = [np.concatenate(rank) for rank in packs]
         rank_flops = np.array([costs.flops_B[rank].sum() for rank in assignment])
@@ -110,16 +110,16 @@ class Plan:
             imbalance=float(rank_flops.max() / rank_flops.mean()),
         )
 
-    def costs(self, samples_B: np.ndarray, passes_B: np.ndarray) -> Costs:
-        """Tokens, patches and training FLOPs of examples with their pass's draws."""
-        layout = self.stage.layout(samples_B, passes_B)
+    def costs(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Costs:
+        """Tokens, patches and training FLOPs of examples with their pass's draws, in a step."""
+        layout = self.stage.layout(samples_B, passes_B, step)
         sizes = measure(layout.dialogues, len(samples_B), self.stage.template)
         flops_B = self.flops.training(sizes.tokens_B, sizes.attention_B, layout.patches_B, layout.patches_squared_B)
         attended_B = sizes.tokens_B + sizes.repeated_B
         return Costs(sizes.tokens_B, flops_B, layout.patches_B, attended_B, sizes.rows_B3)
 
     def _check_longest(self) -> None:
-        """No example may exceed a pack in any epoch's draw."""
+        """No example may exceed a pack in any epoch's draw, nor in the last of a curriculum's steps."""
         tokens_S = longest_rows(self.stage)
         too_long_S = np.flatnonzero(tokens_S > self.pack_tokens)
         if len(too_long_S):
@@ -128,3 +128,8 @@ class Plan:
                 f"{self.index.name(worst)} needs up to {tokens_S[worst]} tokens but batch.pack_tokens="
                 f"{self.pack_tokens}: raise batch.pack_tokens, lower data.max_pixels, or shorten the row"
             )
+
+
+def spread_steps(steps: int, most: int) -> list[int]:
+    """Up to `most` of a run's steps, evenly spread. The last is among them: there a curriculum is at its hardest."""
+    return np.unique(np.linspace(steps - 1, 0, min(most, steps)).round().astype(int)).tolist()

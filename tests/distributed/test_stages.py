@@ -7,7 +7,7 @@ what the rows of the data file say; from the package it takes only what was draw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from muco_ds.config import (
     RunOptions,
     TaskOptions,
 )
+from muco_ds.config_curriculum import CurriculumOptions
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.images import decode
 from muco_ds.data.schema import NEGATIVE, QUERY, Side, StepBatch
@@ -54,6 +55,7 @@ class Case:
     pack_tokens: int = 10**5
     exchange: str = "gather"
     sizes: tuple[int, ...] = ()
+    curriculum: CurriculumOptions = field(default_factory=CurriculumOptions)
 
 
 MUCO = TaskOptions(query_history=0.5, target_history=0.5, negatives=2)
@@ -61,6 +63,11 @@ JOINT = TaskOptions(name="finetune", reconstruct=True, negatives=1)
 CASES = {
     "muco with negatives": Case(MUCO),
     "muco with negatives, packs": Case(MUCO, pack_tokens=600),
+    "muco, on the way to four turns, packs": Case(
+        replace(MUCO, turns=4, turn_weights={0: 0.5, 3: 4.0, 4: 0.0}),
+        pack_tokens=400,
+        curriculum=CurriculumOptions(steps=4, turns=1, negatives=1),
+    ),
     "joint": Case(JOINT),
     "joint, symmetric, packs, ring": Case(JOINT, symmetric=True, pack_tokens=500, exchange="ring"),
     "separate, packs": Case(replace(JOINT, compound="separate"), pack_tokens=500),
@@ -129,6 +136,7 @@ def run_config(folder: Path, case: Case) -> RunConfig:
         model=ModelOptions(str(folder / "model"), freeze_vision=False, activation_checkpointing=False),
         data=DataOptions(data, images, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS),
         task=case.task,
+        curriculum=case.curriculum,
         batch=BatchOptions(images=IMAGES, pack_tokens=case.pack_tokens),
         optim=OptimOptions(warmup_steps=0),
         loss=LossOptions(
@@ -234,7 +242,7 @@ def keys_of(data: Data, stock: Stock, rows: list[dict[str, Any]]) -> tuple[list[
         number_of_row = int(data.plan.index.samples["row"][sample])
         row = rows[number_of_row]
         image = row["qry_image_path"] or number_of_row
-        _, targets, *_ = made = data.plan.stage.sides(sample, number)
+        _, targets, *_ = made = data.plan.stage.sides(sample, number, STEP)
         for side in made:
             of_turn = targets.dialogue if side.kind == QUERY else side.dialogue
             pairs = row["qry"] is not None and not isinstance(row["qry"], str)  # M3T: each turn is a pair

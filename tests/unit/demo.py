@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.demo_scenes import M3T_SCHEMA, row_texts, write_data
-from muco_ds.data.index import Index, Indexer, open_index
+from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index, Indexer, Part, open_index
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader
@@ -143,3 +143,23 @@ def open_data(demo: Demo, parquet: Path, images: Path, index_dir: Path, processe
 def write_mixed(root: Path, count: int = 40) -> tuple[Path, Path]:
     """The parquet file and the picture folder of `mixed_rows`."""
     return write_rows(root / "mixed.parquet", mixed_rows(root / "images", count), M3T_SCHEMA), root / "images"
+
+
+def synthetic_index(samples: int, seed: int = 0, paraphrases: int = 3) -> Index:
+    """Rows of one to seven turns with pictures of 64 to 5120 patches, never read from a file."""
+    rng = np.random.default_rng(seed)
+    turns_S = rng.integers(1, 8, samples)
+    sample_array, turn_array = np.zeros(samples, SAMPLE), np.zeros(turns_S.sum(), TURN)
+    patches_S = 4 * rng.integers(16, 1280, samples)
+    sample_array["row"] = np.arange(samples) * 3
+    sample_array["turn_end"] = np.cumsum(turns_S)
+    sample_array["query_images"] = 1
+    sample_array["query_image_tokens"] = patches_S // 4
+    sample_array["patches"], sample_array["patches_squared"] = patches_S, patches_S**2
+    choices_N = rng.integers(1, paraphrases + 1, len(turn_array))
+    turn_array["kind"] = np.concatenate([np.arange(turns) for turns in turns_S])
+    turn_array["question_end"] = np.cumsum(choices_N)
+    turn_array["target_tokens"] = rng.integers(1, 60, len(turn_array))
+    questions = rng.integers(1, 60, choices_N.sum()).astype(QUESTION)
+    parts = (Part("data.train", samples, 0),)
+    return Index(Path("nowhere"), sample_array, turn_array, questions, 0, 0, "made up", parts)

@@ -19,7 +19,7 @@ from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_r
 
 def in_pass(collator: Collator, samples: np.ndarray, number: int) -> PackedBatch:
     """These samples as they are packed in pass `number`."""
-    return collator(samples, np.full(len(samples), number))
+    return collator(samples, np.full(len(samples), number), 0)
 
 
 def turn_texts(packer: Packer, batch: PackedBatch) -> list[str]:

@@ -19,6 +19,7 @@ from muco_ds.data.plan import Plan
 from muco_ds.data.readers import PairReader, RowError
 from muco_ds.data.schema import QUERY, TARGET, TURNS_PER_SAMPLE, Record
 from muco_ds.data.stages.base import longest_rows
+from muco_ds.data.stages.curriculum import Limit
 from muco_ds.data.stages.finetune import FineTuneStage, masked_words
 from muco_ds.errors import UserError
 from muco_ds.models.backbones import load_tokenizer
@@ -147,7 +148,7 @@ def stage_of(pairs: Rows, reconstruct: bool = True, negatives: int = 1, seed: in
         **{**PROMPTS, **prompts},
         seed=seed,
         reconstruct=reconstruct,
-        negatives=negatives,
+        negatives=Limit(negatives),
     )
 
 
@@ -166,7 +167,7 @@ def test_predictions_equal_what_is_collated(pairs: Rows, world_size: int, recons
         assert planned.pairs == 10
         for packs, counts in zip(planned.packs, planned.rows_per_rank, strict=True):
             samples, passes = planned.samples_B[packs[0]], planned.passes_B[packs[0]]
-            batch, costs = collator(samples, passes), plan.costs(samples, passes)
+            batch, costs = collator(samples, passes, 0), plan.costs(samples, passes, 0)
             assert batch.counts == counts and counts.queries == counts.targets == (1 + reconstruct) * len(samples)
             assert batch.tokens == costs.tokens_B.sum() and batch.patches == costs.patches_B.sum()
 
@@ -174,7 +175,7 @@ def test_predictions_equal_what_is_collated(pairs: Rows, world_size: int, recons
 def test_the_longest_covers_every_mask(pairs: Rows) -> None:
     stage = stage_of(pairs)
     plan, longest = plan_of(pairs, stage), longest_rows(stage)
-    drawn = np.stack([plan.costs(np.arange(40), np.full(40, number)).tokens_B for number in range(60)])
+    drawn = np.stack([plan.costs(np.arange(40), np.full(40, number), 0).tokens_B for number in range(60)])
     assert (drawn <= longest).all() and (drawn.max(0) == longest).any()
     assert (np.concatenate([stage.longest(*part) for part in ((0, 1), (1, 17), (17, 40))]) == longest).all()
 
@@ -184,11 +185,11 @@ def test_masks_are_drawn_per_pass_and_sample(pairs: Rows) -> None:
     frame = {QUERY: PROMPTS["after_query"], TARGET: PROMPTS["after_target"]}
     changed = 0
     for sample in range(40):
-        first, again, other = (stage_of(pairs).sides(sample, number) for number in (0, 0, 1))
+        first, again, other = (stage_of(pairs).sides(sample, number, 0) for number in (0, 0, 1))
         assert [side.dialogue for side in first] == [side.dialogue for side in again]
         changed += [side.dialogue for side in first] != [side.dialogue for side in other]
         for number in range(10):
-            for side in stage_of(pairs).sides(sample, number)[:2]:
+            for side in stage_of(pairs).sides(sample, number, 0)[:2]:
                 turn = side.dialogue.turns[1]
                 before, after = (template.encode_exactly(text) for text in frame[side.kind].split("{counterpart}"))
                 inner = list(turn[len(before) : len(turn) - len(after)])
@@ -202,7 +203,7 @@ def test_what_is_not_masked_is_the_counterpart(pairs: Rows) -> None:
     template = pairs.packer.template
     for sample in range(40):
         restated = pairs.reader.record(int(pairs.index.samples["row"][sample])).restated()
-        for side, counterpart in zip(stage_of(pairs).sides(sample, 0)[:2], restated[::-1], strict=True):
+        for side, counterpart in zip(stage_of(pairs).sides(sample, 0, 0)[:2], restated[::-1], strict=True):
             shown = template.shown(side.dialogue.turns[1]).split(":", 1)[1].rsplit("\n", 1)[0]
             rest = counterpart.split()
             for word in shown.replace("<|mask|>", " <|mask|> ").split():
@@ -220,7 +221,7 @@ def test_special_tokens_in_a_text_are_inert(demo: Demo, tmp_path: Path) -> None:
     stage = stage_of(Rows(reader, index, packer, demo.flops()))
     vocabulary = packer.template.tokenizer.get_vocab()
     for number in range(8):
-        batch = Collator(stage, packer)(np.array([0]), np.array([number]))
+        batch = Collator(stage, packer)(np.array([0]), np.array([number]), 0)
         ids = batch.input_ids_T.tolist()
         assert ids.count(vocabulary["<|emb|>"]) == 4 and ids.count(vocabulary["<|image_pad|>"]) == 0
         assert 2 <= ids.count(vocabulary["<|mask|>"]) <= 4
@@ -240,10 +241,10 @@ def test_the_first_embedding_is_the_one_of_test_time(pairs: Rows) -> None:
     """A single-turn prompt: neither the reconstruction turn nor its masks reach it."""
     stage, model = stage_of(pairs, negatives=0), embedder()
     samples = np.arange(8)
-    batch = Collator(stage, pairs.packer)(samples, np.zeros(8, np.int64))
+    batch = Collator(stage, pairs.packer)(samples, np.zeros(8, np.int64), 0)
     with torch.no_grad():
         emb_ED = model(batch)
-    sides = [side for sample in samples.tolist() for side in stage_of(pairs, False, 0).sides(sample, 0)]
+    sides = [side for sample in samples.tolist() for side in stage_of(pairs, False, 0).sides(sample, 0, 0)]
     alone_ND = encode_dialogues(
         model, pairs.packer, [s.dialogue for s in sides], pack_tokens=300, device=torch.device("cpu"), shared=False
     )
@@ -256,7 +257,7 @@ def test_the_first_embedding_is_the_one_of_test_time(pairs: Rows) -> None:
 
 
 def test_one_form_is_plain_info_nce(pairs: Rows) -> None:
-    batch = Collator(stage_of(pairs, False), pairs.packer)(np.arange(10), np.zeros(10, np.int64))
+    batch = Collator(stage_of(pairs, False), pairs.packer)(np.arange(10), np.zeros(10, np.int64), 0)
     emb_ED = torch.nn.functional.normalize(torch.randn(len(batch.ids_E3), 8, generator=torch.manual_seed(0)), dim=1)
     options = LossOptions(temperature=0.1)
     losses = [

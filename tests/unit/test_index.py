@@ -52,6 +52,7 @@ def test_every_number_is_that_of_the_record(mixed: Rows) -> None:
         assert data["patches"] == sum(patches) and data["patches_squared"] == sum(p * p for p in patches)
         assert data["image_id"] == image_id(record)
         first_turn = mixed.index.turn_bounds(sample)[0]
+        assert turns["kind"].tolist() == [turn.kind for turn in record.turns]
         for j, (turn, entry) in enumerate(zip(record.turns, turns, strict=True)):
             counts = mixed.index.question_tokens[slice(*mixed.index.question_bounds(first_turn + j))]
             assert counts.tolist() == [len(ids) for ids in template.encode_texts(turn.questions)]

@@ -78,7 +78,9 @@ def test_plan_and_collator_agree_on_a_mixture(
     for step in range(3):
         planned = plan.step(step)
         assert planned.passes_B.max() > 0 or step == 0, "the small data set is passed several times in a batch"
-        batches = [collator(planned.samples_B[pack], planned.passes_B[pack]) for rank in planned.packs for pack in rank]
+        batches = [
+            collator(planned.samples_B[pack], planned.passes_B[pack], step) for rank in planned.packs for pack in rank
+        ]
         assert sum(batch.tokens for batch in batches) == planned.tokens
         pairs = np.concatenate([batch.ids_E3[: batch.counts.queries, 1].numpy() for batch in batches])
         assert len(set(pairs.tolist())) == len(pairs), "a row that comes twice keeps its pairs apart"
@@ -128,7 +130,7 @@ def test_a_row_that_breaks_later_is_named(
     stage = MuCoStage(index, reader, mixed.packer.template, seed=0, query_history=0.5, target_history=0.5)
     collator = Collator(stage, mixed.packer)
     with pytest.raises(RowError, match=r"data\.train\[1\] row 2: the reason"):
-        collator(np.array([len(index) - 1]), np.array([0]))
+        collator(np.array([len(index) - 1]), np.array([0]), 0)
 
 
 def test_a_folder_that_cannot_be_written_is_named(parts: tuple[list[M3TReader], list[Index]], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ LEVELS = [
         "errors",
         "config",
         "config_cli",
+        "config_curriculum",
         "config_lora",
         "config_matryoshka",
         "config_task",

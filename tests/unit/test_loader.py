@@ -66,7 +66,7 @@ def test_a_step_tells_each_rank_about_all(mixed: Rows) -> None:
 
 
 class MistakenCollator(Collator):
-    def __call__(self, samples_B: np.ndarray, passes_B: np.ndarray) -> PackedBatch:
+    def __call__(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> PackedBatch:
         raise UserError(f"row {samples_B[0]}: the reason: the cure")
 
 
@@ -85,7 +85,9 @@ def test_a_mistake_found_by_a_worker_stays_one_line(mixed: Rows, workers: int) -
 
 def test_every_rank_gets_equally_many_packs_and_an_empty_one_has_no_rows(scenes: Rows) -> None:
     """Uneven work: three examples of about the same size on two ranks, a pack of one example each."""
-    largest = max(scenes.plan(images=3).costs(np.arange(len(scenes.index)), np.zeros(len(scenes.index), int)).tokens_B)
+    largest = max(
+        scenes.plan(images=3).costs(np.arange(len(scenes.index)), np.zeros(len(scenes.index), int), 0).tokens_B
+    )
     plan = scenes.plan(2, images=3, pack_tokens=int(largest * 1.2))
     counts = []
     for rank in range(2):

@@ -19,6 +19,7 @@ from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader, RowError
 from muco_ds.data.schema import Negative
 from muco_ds.data.stages.base import longest_rows
+from muco_ds.data.stages.curriculum import Limit
 from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.errors import UserError
 
@@ -94,7 +95,7 @@ def data(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 def stage(data: Rows, at_most: int = AT_MOST) -> MuCoStage:
     draw = {"query_history": 0.5, "target_history": 0.5}
-    return MuCoStage(data.index, data.reader, data.packer.template, seed=0, negatives=at_most, **draw)
+    return MuCoStage(data.index, data.reader, data.packer.template, seed=0, negatives=Limit(at_most), **draw)
 
 
 def test_the_index_has_their_numbers_and_a_missing_picture_is_a_bad_row(data: Rows) -> None:
@@ -121,7 +122,7 @@ def test_predictions_equal_what_is_collated(data: Rows, world_size: int) -> None
         planned = plan.step(step)
         for packs, counts in zip(planned.packs, planned.rows_per_rank, strict=True):
             samples, passes = planned.samples_B[packs[0]], planned.passes_B[packs[0]]
-            batch, costs = collator(samples, passes), plan.costs(samples, passes)
+            batch, costs = collator(samples, passes, 0), plan.costs(samples, passes, 0)
             assert batch.counts == counts and counts.negatives == np.minimum(samples % 5, AT_MOST).sum()
             assert batch.tokens == costs.tokens_B.sum() and batch.patches == costs.patches_B.sum()
             negative_ids = batch.ids_E3[counts.queries + counts.targets :]
@@ -129,28 +130,28 @@ def test_predictions_equal_what_is_collated(data: Rows, world_size: int) -> None
 
 
 def test_which_of_them_is_drawn_anew_in_each_pass(data: Rows) -> None:
-    drawn = [stage(data).sides(4, number)[2:] for number in range(30)]
-    again = stage(data).sides(4, 0)[2:]
+    drawn = [stage(data).sides(4, number, 0)[2:] for number in range(30)]
+    again = stage(data).sides(4, 0, 0)[2:]
     assert [side.dialogue for side in again] == [side.dialogue for side in drawn[0]]
     assert all(len({side.dialogue for side in sides}) == AT_MOST for sides in drawn)
     record = data.reader.record(4)
     assert {side.dialogue.turns[0] for sides in drawn for side in sides} == {n.text for n in record.negatives}
-    assert [len(stage(data, at_most).sides(4, 0)) for at_most in (0, 1, 9)] == [2, 3, 6]
+    assert [len(stage(data, at_most).sides(4, 0, 0)) for at_most in (0, 1, 9)] == [2, 3, 6]
 
 
 def test_the_longest_covers_every_draw(data: Rows) -> None:
     longest = longest_rows(stage(data))
     plan = Plan(stage(data), data.flops, Mixture([40], [None], images=8, run=1, seed=0), pack_tokens=8192, world_size=1)
-    drawn = np.stack([plan.costs(np.arange(40), np.full(40, number)).tokens_B for number in range(60)])
+    drawn = np.stack([plan.costs(np.arange(40), np.full(40, number), 0).tokens_B for number in range(60)])
     assert (drawn <= longest).all() and (drawn.max(0) == longest).mean() > 0.2
 
 
 def test_a_joined_index_keeps_them(data: Rows, tmp_path: Path) -> None:
     index = join_indices([data.index] * 2, [data.reader] * 2, str(tmp_path), builder=True)
     reader = JoinedReader([data.reader] * 2)
-    both = MuCoStage(index, reader, data.packer.template, seed=0, query_history=1, target_history=1, negatives=4)
+    both = MuCoStage(index, reader, data.packer.template, seed=0, query_history=1, target_history=1, negatives=Limit(4))
     for sample in (3, 43):
-        assert [side.dialogue for side in both.sides(sample, 0)[2:]] != []
+        assert [side.dialogue for side in both.sides(sample, 0, 0)[2:]] != []
         hashes = index.negatives["target_hash"][slice(*index.negative_bounds(sample))]
         assert hashes.tolist() == data.index.negatives["target_hash"][slice(*data.index.negative_bounds(3))].tolist()
 
@@ -162,7 +163,7 @@ def test_a_row_that_lost_one_says_so(data: Rows) -> None:
 
     forgetful = Forgetful(data.reader.files[0], data.reader.images, negatives=True)
     with pytest.raises(RowError, match="has 0 negatives, 3 were indexed"):
-        stage(replace(data, reader=forgetful)).sides(3, 0)
+        stage(replace(data, reader=forgetful)).sides(3, 0, 0)
 
 
 def test_asking_for_negatives_of_data_without_any_is_refused(demo: Demo, tmp_path: Path) -> None:

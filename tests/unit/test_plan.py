@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from muco_ds.data.assign import largest_first
-from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index, Part
 from muco_ds.data.plan import Plan
 from muco_ds.data.schema import RowCounts
 from muco_ds.errors import UserError
 
-from demo import Rows
-
-
-def synthetic_index(samples: int, seed: int = 0, paraphrases: int = 3) -> Index:
-    """Rows of one to seven turns with pictures of 64 to 5120 patches, never read from a file."""
-    rng = np.random.default_rng(seed)
-    turns_S = rng.integers(1, 8, samples)
-    sample_array, turn_array = np.zeros(samples, SAMPLE), np.zeros(turns_S.sum(), TURN)
-    patches_S = 4 * rng.integers(16, 1280, samples)
-    sample_array["row"] = np.arange(samples) * 3
-    sample_array["turn_end"] = np.cumsum(turns_S)
-    sample_array["query_images"] = 1
-    sample_array["query_image_tokens"] = patches_S // 4
-    sample_array["patches"], sample_array["patches_squared"] = patches_S, patches_S**2
-    choices_N = rng.integers(1, paraphrases + 1, len(turn_array))
-    turn_array["question_end"] = np.cumsum(choices_N)
-    turn_array["target_tokens"] = rng.integers(1, 60, len(turn_array))
-    questions = rng.integers(1, 60, choices_N.sum()).astype(QUESTION)
-    parts = (Part("data.train", samples, 0),)
-    return Index(Path("nowhere"), sample_array, turn_array, questions, 0, 0, "made up", parts)
+from demo import Rows, synthetic_index
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +64,7 @@ def test_packs_stay_within_their_budget(big: Rows) -> None:
         step_plan = plan.step(step)
         for rank in step_plan.packs:
             for pack in rank:
-                costs = plan.costs(step_plan.samples_B[pack], step_plan.passes_B[pack])
+                costs = plan.costs(step_plan.samples_B[pack], step_plan.passes_B[pack], step)
                 assert costs.tokens_B.sum() <= 4096
         n_packs = max(map(len, step_plan.packs))
         assert step_plan.pack_fill == pytest.approx(step_plan.tokens / (2 * n_packs * 4096))
@@ -97,7 +76,7 @@ def test_no_epoch_draws_a_row_that_outgrows_a_pack(big: Rows) -> None:
     for history in (0.0, 0.5, 1.0):
         longest = big.stage(history=history).longest(0, 1000)
         plan = big.plan(images=8, pack_tokens=int(longest.max()), history=history)
-        drawn = np.stack([plan.costs(samples, np.full(1000, number)).tokens_B for number in range(60)])
+        drawn = np.stack([plan.costs(samples, np.full(1000, number), 0).tokens_B for number in range(60)])
         assert (drawn <= longest).all()
         assert (drawn.max(0) == longest).mean() > 0.2  # a bound that is reached, not just any
         with pytest.raises(UserError, match="needs"):
@@ -116,18 +95,18 @@ def test_predictions_equal_what_is_collated(mixed: Rows, history: float, world_s
         for packs, counts in zip(step_plan.packs, step_plan.rows_per_rank, strict=True):
             assert len(packs) == 1
             samples, passes = step_plan.samples_B[packs[0]], step_plan.passes_B[packs[0]]
-            batch = collator(samples, passes)
+            batch = collator(samples, passes, 0)
             assert batch.counts == counts and counts == RowCounts(counts.queries, counts.queries)
             tokens, patches = tokens + batch.tokens, patches + batch.patches
-            assert batch.tokens == plan.costs(samples, passes).tokens_B.sum()
+            assert batch.tokens == plan.costs(samples, passes, 0).tokens_B.sum()
         assert (tokens, patches) == (step_plan.tokens, step_plan.patches)
 
 
 def test_paraphrases_are_drawn_anew_each_pass(big: Rows) -> None:
     plan = big.plan(images=8, pack_tokens=8192, history=0.0)
-    a, b = (plan.costs(np.arange(1000), np.full(1000, number)).tokens_B for number in (0, 1))
+    a, b = (plan.costs(np.arange(1000), np.full(1000, number), 0).tokens_B for number in (0, 1))
     assert 0.5 < (a != b).mean() < 1.0
-    alone = np.array([plan.costs(np.array([i]), np.array([0])).tokens_B[0] for i in range(0, 1000, 97)])
+    alone = np.array([plan.costs(np.array([i]), np.array([0]), 0).tokens_B[0] for i in range(0, 1000, 97)])
     assert (alone == a[::97]).all()
 
 

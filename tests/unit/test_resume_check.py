@@ -35,6 +35,7 @@ FREE = {
 BOUND = {
     *("run.name", "run.seed", "run.precision", "model.path", "model.pool_token", "model.freeze_vision"),
     *("task.name", "task.query_history", "task.target_history", "task.negatives", "task.reconstruct"),
+    *("task.turns", "task.turn_weights", "curriculum.steps", "curriculum.turns", "curriculum.negatives"),
     *("task.compound", "prompts.after_query", "prompts.after_target"),
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
@@ -46,7 +47,7 @@ BOUND = {
 
 def keys() -> list[str]:
     def leaves(tree: dict[str, Any], prefix: str) -> list[str]:
-        found = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [f"{prefix}{k}"] for k, v in tree.items()]
+        found = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [f"{prefix}{k}"] for k, v in tree.items()]
         return [key for part in found for key in part]
 
     return leaves(CONFIG, "")
@@ -150,3 +151,20 @@ def test_a_mixture_is_compared_entry_by_entry(saved: Path) -> None:
         check(entries[0])
     with pytest.raises(UserError, match=r"data\.train\[2\]\.path=c but"):
         check(*entries, {"path": "c", "images": None, "weight": 1.0})
+
+
+def test_weights_by_kind_are_compared_whole_whatever_json_makes_of_their_keys(saved: Path) -> None:
+    meta = json.loads((saved / "meta.json").read_text())
+    meta["config"]["task"]["turn_weights"] = {0: 0.5, 5: 2.0}
+    content = json.dumps(meta)
+    (saved / "meta.json").write_text(content)
+    (saved / MANIFEST).write_text(json.dumps({"files": {"meta.json": len(content)}}))
+    config = copy.deepcopy(CONFIG)
+    config["task"]["turn_weights"] = {0: 0.5, 5: 2.0}
+    check_same_run(saved, config, DATA)
+    for other in ({}, {0: 0.5}, {0: 0.5, 5: 3.0}):
+        config["task"]["turn_weights"] = other
+        with pytest.raises(
+            UserError, match=r"task\.turn_weights=\{.* was trained with \{'0': 0\.5, '5': 2\.0\}: change"
+        ):
+            check_same_run(saved, config, DATA)

@@ -9,7 +9,7 @@ Shape suffixes: B examples, G dialogues of one kind, N turns of those dialogues.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -62,16 +62,20 @@ class Stage(Protocol):
     forms: int
     """Embeddings of each query and of each target, as turns of one dialogue."""
 
-    def layout(self, samples_B: np.ndarray, passes_B: np.ndarray) -> Layout:
-        """The dialogues of samples in their passes, as numbers."""
+    def layout(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Layout:
+        """The dialogues of samples in their passes, which a step takes, as numbers."""
         ...
 
-    def sides(self, sample: int, number: int) -> list[Side]:
-        """The dialogues of a sample in its pass `number`. Raises RowError when the row can't be used any more."""
+    def sides(self, sample: int, number: int, step: int) -> list[Side]:
+        """The dialogues of a sample in its pass `number`, which a step takes.
+
+        Raises:
+            RowError: the row can't be used any more.
+        """
         ...
 
     def longest(self, start: int, stop: int) -> np.ndarray:
-        """Most tokens that each of the samples start .. stop can need in any pass; int64."""
+        """Most tokens that each of the samples start .. stop can need in any pass and step; int64."""
         ...
 
 
@@ -127,5 +131,9 @@ def ragged(starts_B: np.ndarray, lengths_B: np.ndarray) -> tuple[np.ndarray, np.
 
 def longest_rows(stage: Stage) -> np.ndarray:
     """Most tokens that each sample can need in any pass; int64."""
-    bounds = [*range(0, len(stage.index), SCANNED_SAMPLES), len(stage.index)]
-    return np.concatenate([stage.longest(*part) for part in pairwise(bounds)])
+    return np.concatenate([stage.longest(*part) for part in scans(stage.index)])
+
+
+def scans(index: Index) -> Iterator[tuple[int, int]]:
+    """(start, stop) of samples that are looked at together."""
+    return pairwise([*range(0, len(index), SCANNED_SAMPLES), len(index)])

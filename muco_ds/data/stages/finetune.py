@@ -18,6 +18,7 @@ from muco_ds.data.index import Index
 from muco_ds.data.readers import Reader, RowError
 from muco_ds.data.schema import QUERY, TARGET, Dialogue, Side, Turn, pair_ids
 from muco_ds.data.stages.base import Dialogues, Layout, measure, ragged, vision_tokens
+from muco_ds.data.stages.curriculum import NO_NEGATIVES, Limit
 from muco_ds.data.stages.negatives import HardNegatives
 from muco_ds.data.templates import ChatTemplate
 
@@ -34,7 +35,7 @@ class FineTuneStage:
         reader: one that reads captions (`PairReader`).
         reconstruct: with the second turn; without it, each side is a single turn.
         after_query, after_target: text of the second turn of that side's dialogue, around COUNTERPART.
-        negatives: at most so many hard negatives of an example come along, each a single turn.
+        negatives: how many hard negatives of an example come along, each a single turn.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class FineTuneStage:
         reconstruct: bool,
         after_query: str,
         after_target: str,
-        negatives: int = 0,
+        negatives: Limit = NO_NEGATIVES,
     ) -> None:
         self.index, self.reader, self.template, self.seed = index, reader, template, seed
         self.forms = 2 if reconstruct else 1
@@ -55,16 +56,16 @@ class FineTuneStage:
         self._around = {kind: [template.encode_exactly(text) for text in texts] for kind, texts in parts.items()}
         self.negatives = HardNegatives(index, template, seed, negatives)
 
-    def layout(self, samples_B: np.ndarray, passes_B: np.ndarray) -> Layout:
+    def layout(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Layout:
         """The dialogues of samples with their pass's masks."""
         masked = {}
         if self.forms > 1:
             masked = {kind: self._masked_tokens(kind, samples_B, passes_B) for kind in (QUERY, TARGET)}
         data = self.index.samples[samples_B]
         layout = Layout(self._dialogues(samples_B, masked), data["patches"], data["patches_squared"])
-        return self.negatives.add_to(layout, samples_B, passes_B)
+        return self.negatives.add_to(layout, samples_B, passes_B, step)
 
-    def sides(self, sample: int, number: int) -> list[Side]:
+    def sides(self, sample: int, number: int, step: int) -> list[Side]:
         """Query and target dialogue of a sample in its pass `number`, and its negatives."""
         data = self.index.samples[sample]
         record = self.reader.record(int(data["row"]))
@@ -84,7 +85,7 @@ class FineTuneStage:
             if self.forms > 1:
                 turns.append(self._reconstruction(kind, sample, number, counterpart))
             sides.append(Side(kind, Dialogue(tuple(turns), images), True, ids_k3))
-        return [*sides, *self.negatives.sides(record, sample, number)]
+        return [*sides, *self.negatives.sides(record, sample, number, step)]
 
     def longest(self, start: int, stop: int) -> np.ndarray:
         """Most tokens of samples start .. stop in any pass: nothing masked, the longest negatives."""

@@ -13,7 +13,9 @@ from muco_ds.data import draws
 from muco_ds.data.index import Index
 from muco_ds.data.readers import RowError
 from muco_ds.data.schema import NEGATIVE, Dialogue, Record, Side
+from muco_ds.data.stages import curriculum
 from muco_ds.data.stages.base import Dialogues, Layout, lengths, measure, ragged
+from muco_ds.data.stages.curriculum import Limit, first_of_each
 from muco_ds.data.templates import ChatTemplate
 
 NO_ID = -1
@@ -21,14 +23,14 @@ NO_ID = -1
 
 
 class HardNegatives:
-    """Up to `at_most` of an example's negatives, drawn anew in each pass; a negative is a dialogue of one turn."""
+    """A limited number of an example's negatives, drawn anew in each pass; a negative is a dialogue of one turn."""
 
-    def __init__(self, index: Index, template: ChatTemplate, seed: int, at_most: int) -> None:
-        self.index, self.template, self.seed, self.at_most = index, template, seed, at_most
+    def __init__(self, index: Index, template: ChatTemplate, seed: int, limit: Limit) -> None:
+        self.index, self.template, self.seed, self.limit = index, template, seed, limit
 
-    def add_to(self, layout: Layout, samples_B: np.ndarray, passes_B: np.ndarray) -> Layout:
+    def add_to(self, layout: Layout, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Layout:
         """The layout with the negatives of these samples in their passes."""
-        owner_M, row_M = self._drawn(samples_B, passes_B)
+        owner_M, row_M = self._drawn(samples_B, passes_B, step)
         data = self.index.negatives[row_M]
         patches_B, squared_B = (
             np.bincount(owner_M, data[name], len(samples_B)).astype(np.int64) for name in ("patches", "patches_squared")
@@ -40,13 +42,13 @@ class HardNegatives:
             patches_squared_B=layout.patches_squared_B + squared_B,
         )
 
-    def sides(self, record: Record, sample: int, number: int) -> list[Side]:
+    def sides(self, record: Record, sample: int, number: int, step: int) -> list[Side]:
         """Dialogues of the negatives of a sample in its pass `number`. Raises RowError when some are gone."""
         first, stop = self.index.negative_bounds(sample)
         if len(record.negatives) != stop - first:
             raise RowError(f"has {len(record.negatives)} negatives, {stop - first} were indexed")
         sides = []
-        for row in self._drawn(np.array([sample]), np.array([number]))[1].tolist():
+        for row in self._drawn(np.array([sample]), np.array([number]), step)[1].tolist():
             negative = record.negatives[row - first]
             ids_13 = np.array([[NO_ID, NO_ID, self.index.negatives["target_hash"][row]]])
             sides.append(Side(NEGATIVE, Dialogue((negative.text,), negative.images), True, ids_13))
@@ -59,16 +61,17 @@ class HardNegatives:
         counts_B = np.diff(self.index.samples["negative_end"][start:stop], prepend=first)
         sizes = measure([_dialogues(data, np.arange(len(data)))], len(data), self.template)
         owner_M = np.repeat(np.arange(stop - start), counts_B)
-        kept_M = _first_of_each(owner_M, -sizes.tokens_B, self.at_most)
+        kept_M = first_of_each(owner_M, -sizes.tokens_B, self.limit.last)
         return np.bincount(owner_M[kept_M], sizes.tokens_B[kept_M], stop - start).astype(np.int64)
 
-    def _drawn(self, samples_B: np.ndarray, passes_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _drawn(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The negatives that are brought along: (whose, row in the index), examples in order."""
         counts_B = lengths(self.index.samples["negative_end"], samples_B)
         starts_B = self.index.samples["negative_end"][samples_B] - counts_B
         owner_M, lane_M, row_M = ragged(starts_B, counts_B)
         drawn_M = draws.draw_u64(self.seed, passes_B[owner_M], samples_B[owner_M], draws.NEGATIVES, lane_M)
-        kept_M = _first_of_each(owner_M, drawn_M, self.at_most)
+        limit_B = self.limit.drawn(self.seed, samples_B, passes_B, step, curriculum.NEGATIVES)
+        kept_M = first_of_each(owner_M, drawn_M, limit_B[owner_M])
         return owner_M[kept_M], row_M[kept_M]
 
 
@@ -81,10 +84,3 @@ def _dialogues(data_M: np.ndarray, owner_M: np.ndarray) -> Dialogues:
         np.arange(len(data_M)),
         data_M["tokens"].astype(np.int64),
     )
-
-
-def _first_of_each(owner_M: np.ndarray, key_M: np.ndarray, at_most: int) -> np.ndarray:
-    """Places of the `at_most` lowest keys of each owner, by owner and key. Owners ascend."""
-    order_M = np.lexsort((key_M, owner_M))
-    first_M = np.searchsorted(owner_M, owner_M, side="left")
-    return order_M[np.arange(len(owner_M)) - first_M < at_most]
