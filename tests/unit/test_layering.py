@@ -31,7 +31,7 @@ LEVELS = [
     },
     {"models"},
     {"memory", "tasks"},
-    {"checkpoint", "eval"},
+    {"checkpoint", "eval", "mining"},
     {"nonfinite", "build", "export", "export_adapter", "export_st", "reshard", "resume"},
     {"preflight", "trainer"},
     {"launch", "tools"},
