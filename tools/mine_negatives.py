@@ -6,8 +6,8 @@
 MINED has the data's rows and columns with neg_text and neg_image_path set anew: for each row, the wrong targets nearest
 to its question (its questions, where it has several turns), among the distinct targets of the data and of --corpus. A
 candidate that scores --max_share of the own target's score or more is likely right as well and is left out.
-MINED.parquet.json says how it was made and what came of it. Also under deepspeed, torchrun and srun: every rank encodes,
-rank 0 searches.
+MINED.parquet.json says how it was made and what came of it. Also under deepspeed, torchrun and srun: every rank
+encodes, rank 0 searches.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
+from muco_ds.data.stages.base import ragged
 from muco_ds.errors import UserError
 from muco_ds.mining.vectors import Vectors
 
@@ -140,6 +141,7 @@ class _Known:
     """Right targets, as sorted keys `owner * C + target`, of each row and of each distinct query."""
 
     targets: int
+    row_Q: np.ndarray
     group_Q: np.ndarray
     of_rows: np.ndarray
     of_queries: np.ndarray
@@ -148,23 +150,31 @@ class _Known:
     def of(cls, asked: Asked, targets: int) -> _Known:
         group_Q = np.unique(asked.query_Q, return_inverse=True)[1]
         keys = (np.unique(owner_Q * targets + asked.answer_Q) for owner_Q in (asked.row_Q, group_Q))
-        return cls(targets, group_Q, *keys)
+        return cls(targets, asked.row_Q, group_Q, *keys)
 
-    def right(self, block: slice, row_Q: np.ndarray, index_Qk: np.ndarray) -> np.ndarray:
-        """Whether each candidate is known to be right: bool [Q, k]."""
-        owners = (row_Q, self.of_rows), (self.group_Q[block], self.of_queries)
+    def right(self, block: slice, index_Qk: np.ndarray) -> np.ndarray:
+        """Whether each candidate is a target of the query's row, or of an equal query: bool [Q, k]."""
+        owners = (self.row_Q[block], self.of_rows), (self.group_Q[block], self.of_queries)
         found = [_member(owner_Q[:, None] * self.targets + index_Qk, keys) for owner_Q, keys in owners]
         return found[0] | found[1]
+
+    def right_for_row(self, row_M: np.ndarray, index_M: np.ndarray) -> np.ndarray:
+        """Whether each candidate is a target of a query that equals one of the row's: bool [M]."""
+        first_M = np.searchsorted(self.row_Q, row_M)
+        owner, _, query = ragged(first_M, np.searchsorted(self.row_Q, row_M, side="right") - first_M)
+        right = _member(self.group_Q[query] * self.targets + index_M[owner], self.of_queries)
+        return np.bincount(owner[right], minlength=len(row_M)) > 0
 
 
 def _choose(found: Found, block: slice, asked: Asked, known: _Known, rule: Rule, mined: Mined) -> None:
     """Put the negatives of a block's rows into `mined`, and count."""
     row_Q, usable_Q = asked.row_Q[block], asked.usable_Q[block]
     candidate_Qk = usable_Q[:, None] & asked.usable_C[found.index_Qk]
-    right_Qk = candidate_Qk & known.right(block, row_Q, found.index_Qk)
+    right_Qk = candidate_Qk & known.right(block, found.index_Qk)
     wrong_Qk = candidate_Qk & ~right_Qk
     skipped_Qk = wrong_Qk & (np.cumsum(wrong_Qk, axis=1) <= rule.skip)
-    limit_Q = found.own_Q - (1 - rule.max_share) * np.abs(found.own_Q)
+    with np.errstate(invalid="ignore"):  # no limit (inf) of a score of zero is none either
+        limit_Q = found.own_Q - (1 - rule.max_share) * np.abs(found.own_Q)
     near_Qk = wrong_Qk & ~skipped_Qk & (found.score_Qk >= limit_Q[:, None])
     mined.looked_at += int(candidate_Qk.sum())
     mined.right += int(right_Qk.sum())
@@ -181,6 +191,7 @@ def _choose(found: Found, block: slice, asked: Asked, known: _Known, rule: Rule,
     row_M, index_M, score_M, out_M = (values[order_M] for values in (row_M, index_M, score_M, out_M))
     first_M = np.diff(row_M * known.targets + index_M, prepend=-1) != 0
     kept_M = first_M & ~out_M
+    kept_M[kept_M] = ~known.right_for_row(row_M[kept_M], index_M[kept_M])
     row_M, index_M, score_M = row_M[kept_M], index_M[kept_M], score_M[kept_M]
     order_M = np.lexsort((index_M, -score_M, row_M))
     row_M, index_M, score_M = row_M[order_M], index_M[order_M], score_M[order_M]
