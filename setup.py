@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "sentence-transformers>=6.2"],
+        "mining": ["faiss-cpu"],
+        "dev": ["faiss-cpu", "mypy", "pytest", "pytest-xdist", "ruff", "sentence-transformers>=6.2"],
     },
 )

@@ -1,4 +1,4 @@
-# Sourced by launch/quickstart.sh and tests/run.sh, which then call `make_environment`.
+# Sourced by launch/quickstart.sh, launch/rounds.sh and tests/run.sh, which then call `make_environment`.
 #
 # make_environment puts a Python with muco_ds (this checkout, editable) and its dev tools first in PATH: the current one where
 # it already can, else the virtual environment .venv, made and filled on the first call and left alone until setup.py,
@@ -19,7 +19,7 @@ has_muco_ds() {
 import importlib.util, os, pathlib, sys
 import muco_ds
 here = pathlib.Path(muco_ds.__file__).resolve().parent.parent == pathlib.Path(os.environ["REPOSITORY"]).resolve()
-needed = ("torch", "deepspeed", "transformers", "datasets", "jsonargparse", "pytest", "xdist", "sentence_transformers")
+needed = ("torch", "deepspeed", "transformers", "datasets", "jsonargparse", "pytest", "xdist", "sentence_transformers", "faiss")
 sys.exit(not (here and all(importlib.util.find_spec(name) for name in needed)))
 PYTHON
 }
@@ -72,4 +72,13 @@ make_environment() {
         echo "$stamp" >"$venv/installed"
     fi
     export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
+}
+
+# Sets `ranks`: what the deepspeed launcher is told besides the program. All GPUs, or two processes on a CPU.
+choose_ranks() {
+    ranks=()
+    if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        ranks=(--num_gpus 2)
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > 3 ? $(nproc) / 2 : 1))}"
+    fi
 }

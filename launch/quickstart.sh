@@ -5,12 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 make_environment
-
-ranks=()
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    ranks=(--num_gpus 2)
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > 3 ? $(nproc) / 2 : 1))}"
-fi
+choose_ranks
 
 step() { printf '\n== %s\n' "$*"; }
 

@@ -7,10 +7,12 @@ import glob
 import os
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, disable_progress_bars, load_dataset
 
@@ -74,6 +76,12 @@ class M3TReader:
     def record(self, row: int) -> Record:
         """The row as a Record. Raises RowError when it can't be used."""
         return self._record(row, self._dataset[row])
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows with all their columns, a thousand at a time."""
+        rows = self._dataset.with_format("arrow")
+        for start in range(0, len(rows), _CONVERTED_ROWS):
+            yield rows[start : start + _CONVERTED_ROWS].replace_schema_metadata(None)
 
     def _record(self, row: int, data: dict[str, Any]) -> Record:
         questions, targets = data["qry"], data["pos_text"]

@@ -34,7 +34,7 @@ LEVELS = [
     },
     {"models"},
     {"memory", "tasks"},
-    {"checkpoint", "eval"},
+    {"checkpoint", "eval", "mining"},
     {"nonfinite", "build", "export", "export_adapter", "export_st", "reshard", "resume"},
     {"preflight", "trainer"},
     {"launch", "tools"},
