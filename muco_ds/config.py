@@ -184,7 +184,10 @@ class LossOptions:
         temperature: Divisor of the cosine similarities (paper: 0.02).
         symmetric: Add the loss of targets against queries (paper: off in pre-training).
         mask_same_image: Leave out keys of the query's own image, its positive apart (paper: on).
-        mask_same_target: Leave out keys whose text equals the positive's up to case and white space.
+        same_target: Keys whose text equals the positive's up to case and white space: "mask" leaves them out,
+            "positive" makes them positives as well, "keep" counts them as any other.
+        false_negative_margin: Leave out keys that are nearer to the query than its positive by more than this (cosine;
+            Qwen3-Embedding paper: 0.1); null: none.
         key_exchange: How a rank meets the other ranks' keys: "gather" all of them, pass them round in a "ring", or
             "auto": a ring where gathering would take more than 1 GiB. The loss is the same.
     """
@@ -192,7 +195,8 @@ class LossOptions:
     temperature: float = 0.02
     symmetric: bool = False
     mask_same_image: bool = True
-    mask_same_target: bool = True
+    same_target: Literal["mask", "positive", "keep"] = "mask"
+    false_negative_margin: float | None = None
     key_exchange: Literal["auto", "gather", "ring"] = "auto"
 
 
@@ -294,6 +298,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "optim.max_grad_norm": (0, True, math.inf),
     "optim.max_skipped": (1, True, math.inf),
     "loss.temperature": (0, False, math.inf),
+    "loss.false_negative_margin": (0, True, 2),
     "validation.every": (0, True, math.inf),
     "validation.rows": (1, True, math.inf),
     "checkpoint.every": (1, True, math.inf),

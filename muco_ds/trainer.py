@@ -28,7 +28,7 @@ from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
 from muco_ds.flops import peak_flops
-from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
+from muco_ds.metrics import Meter, MetricsWriter, mask_fractions, peak_memory_gib
 from muco_ds.models.embedder import DeviceRoom, KeptVision
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
@@ -209,7 +209,7 @@ class Trainer:
             "pack_fill": batch.cost["pack_fill"],
             "imbalance": batch.cost["imbalance"],
             "peak_mem_gib": peak_memory_gib(self.device),
-            "masked_frac": total["masked"] / total["entries"],
+            **mask_fractions(total),
             "in_batch_top1": total["top1"] / rows,
             "pos_sim": total["pos_sim"] / rows,
             "hardest_neg_sim": total["hardest_neg_sim"] / max(1.0, total["negative_rows"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from muco_ds.config import LossOptions
 from muco_ds.data.schema import PackedBatch, RowCounts, by_side
 from muco_ds.distributed.gather import gather_rows, gather_table
 from muco_ds.distributed.ring import ring_info_nce
-from muco_ds.losses import InfoNCE, RowIds, info_nce
+from muco_ds.losses import InfoNCE, RowIds, false_negative_limit, info_nce
 from muco_ds.models.embedder import Embedder, KeptVision
 
 GATHERED_BYTES = 2**30
@@ -46,12 +47,17 @@ class MuCoTask(nn.Module):
         return self.embedder(pack, kept)
 
     def loss(
-        self, emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch], rows_per_rank: list[RowCounts]
+        self,
+        emb_parts: Sequence[torch.Tensor],
+        packs: Sequence[PackedBatch],
+        rows_per_rank: list[RowCounts],
+        temperature: float | torch.Tensor | None = None,
     ) -> TaskLoss:
         """InfoNCE of this rank's rows, the embeddings of all its packs, against the keys of all ranks.
 
         Data-parallel averaging divides by the world size W, so `local sum * W / global rows` gives exactly the
-        gradient of the mean over the global batch, whatever each rank holds (docs/design.md).
+        gradient of the mean over the global batch, whatever each rank holds (docs/design.md). `temperature`: a float or
+        a 0-d tensor, which may require a gradient; default: the option.
         """
         emb_ED, ids_E3, counts = by_side(emb_parts, packs)
         queries, targets = counts.queries, counts.targets
@@ -61,16 +67,33 @@ class MuCoTask(nn.Module):
             ids_E3[:queries],
             ids_E3[queries:],
         )
-        forward = self._info_nce(query_ED, query_ids_E3, key_ED, key_ids_E3, [rows.keys for rows in rows_per_rank])
+        target_ED, target_ids_E3 = key_ED[:targets], key_ids_E3[:targets]
+        options = self._loss_options(query_ED, target_ED, temperature)
+        key_counts = [rows.keys for rows in rows_per_rank]
+        forward = self._info_nce(query_ED, query_ids_E3, key_ED, key_ids_E3, key_counts, options)
         world_size = len(rows_per_rank)
         loss = forward.loss_sum * (world_size / sum(rows.queries for rows in rows_per_rank))
         if self.options.symmetric:
-            target_ED, target_ids_E3 = key_ED[:targets], key_ids_E3[:targets]
             query_counts = [rows.queries for rows in rows_per_rank]
-            backward = self._info_nce(target_ED, target_ids_E3, query_ED, query_ids_E3, query_counts)
+            backward = self._info_nce(target_ED, target_ids_E3, query_ED, query_ids_E3, query_counts, options)
             loss = (loss + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
+        # NaN where the pair ids contradict the order: of a broken table of ids, no part may pass for a loss.
+        loss = loss * torch.where((query_ids_E3[:, 1] == target_ids_E3[:, 1]).all(), 1.0, torch.nan)
         stats = {**forward.stats, "loss": loss.detach() / world_size}
         return TaskLoss(loss, stats)
+
+    def _loss_options(
+        self, query_RD: torch.Tensor, target_RD: torch.Tensor, temperature: float | torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Keywords of the loss, the same in both directions.
+
+        Row i's own target is target i of the same rank: a dialogue's turns have one order on both sides
+        (`Collator`), packs and `by_side` keep it.
+        """
+        names, margin = ("mask_same_image", "same_target"), self.options.false_negative_margin
+        limit_R = None if margin is None else false_negative_limit(query_RD, target_RD, margin)
+        chosen = self.options.temperature if temperature is None else temperature
+        return {"temperature": chosen, "limit_R": limit_R, **{name: getattr(self.options, name) for name in names}}
 
     def _info_nce(
         self,
@@ -79,10 +102,9 @@ class MuCoTask(nn.Module):
         key_ND: torch.Tensor,
         key_ids_N3: torch.Tensor,
         counts: list[int],
+        options: dict[str, Any],
     ) -> InfoNCE:
         """This rank's rows against the keys of all ranks, which hold `counts` of them."""
-        names = ("temperature", "mask_same_image", "mask_same_target")
-        options = {name: getattr(self.options, name) for name in names}
         row_ids = RowIds.from_table(row_ids_R3)
         if self._travels(key_ND, counts):
             return ring_info_nce(row_RD, key_ND, row_ids, RowIds.from_table(key_ids_N3), counts, **options)

@@ -38,7 +38,7 @@ BOUND = {
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
-    *("loss.mask_same_target", "deepspeed"),
+    *("loss.same_target", "loss.false_negative_margin", "deepspeed"),
 }
 
 
