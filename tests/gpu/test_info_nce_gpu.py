@@ -22,8 +22,9 @@ COUNTED = ("same_image", "same_target", "extra_positives", "entries", "negative_
 OPTIONS: dict[str, dict[str, Any]] = {
     "masks": {},
     "equal targets are positives": {"same_target": "positive"},
-    "false negatives": {"margin": -0.7},  # random keys are nowhere near a row, which is at 0.7 to its positive
-    "all at once": {"same_target": "positive", "margin": -0.7, "mask_same_image": False},
+    # Random keys are nowhere near a row, which is at 0.7 to its positive: this margin takes out about half of them.
+    "false negatives": {"margin": -0.7, "temperature": 0.2},
+    "all at once": {"margin": -0.7, "temperature": 0.2, "same_target": "positive", "mask_same_image": False},
 }
 
 
@@ -94,8 +95,9 @@ def test_kernels_equal_the_dense_twin(
             assert (got[name] - value).abs() <= max(1, n_rows // 1000, 1e-5 * want["entries"])
         elif name in COUNTED:
             assert got[name] == value
-        else:  # bfloat16: dL/ds and the gradient are rounded once each
-            assert error <= (4e-3 if dtype == torch.bfloat16 and name.startswith("grad") else 5e-5), name
+        else:  # bfloat16: dL/ds and the gradient are rounded once each; an entry at the limit may fall on either side
+            coarse = (dtype == torch.bfloat16 or "margin" in options) and name.startswith("grad")
+            assert error <= (4e-3 if coarse else 5e-5), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
