@@ -18,6 +18,8 @@ from typing import Literal
 
 import yaml
 
+from muco_ds.config_loss import RANGES as LOSS_RANGES
+from muco_ds.config_loss import LossOptions, TemperatureOptions
 from muco_ds.errors import UserError
 
 DEFAULT_DEEPSPEED = "ds_configs/zero3.json"
@@ -177,30 +179,6 @@ class OptimOptions:
 
 
 @dataclass
-class LossOptions:
-    """InfoNCE.
-
-    Args:
-        temperature: Divisor of the cosine similarities (paper: 0.02).
-        symmetric: Add the loss of targets against queries (paper: off in pre-training).
-        mask_same_image: Leave out keys of the query's own image, its positive apart (paper: on).
-        same_target: Keys whose text equals the positive's up to case and white space: "mask" leaves them out,
-            "positive" makes them positives as well, "keep" counts them as any other.
-        false_negative_margin: Leave out keys that are nearer to the query than its positive by more than this (cosine;
-            Qwen3-Embedding paper: 0.1); null: none.
-        key_exchange: How a rank meets the other ranks' keys: "gather" all of them, pass them round in a "ring", or
-            "auto": a ring where gathering would take more than 1 GiB. The loss is the same.
-    """
-
-    temperature: float = 0.02
-    symmetric: bool = False
-    mask_same_image: bool = True
-    same_target: Literal["mask", "positive", "keep"] = "mask"
-    false_negative_margin: float | None = None
-    key_exchange: Literal["auto", "gather", "ring"] = "auto"
-
-
-@dataclass
 class ValidationOptions:
     """Retrieval on held-out rows during training.
 
@@ -251,6 +229,7 @@ class RunConfig:
         batch: The global batch.
         optim: AdamW and its schedule.
         loss: InfoNCE.
+        temperature: How the loss's temperature changes.
         validation: Retrieval during training.
         checkpoint: Saving and resuming.
         log: Metrics.
@@ -264,6 +243,7 @@ class RunConfig:
     batch: BatchOptions = field(default_factory=BatchOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
@@ -297,8 +277,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "optim.eps": (0, False, math.inf),
     "optim.max_grad_norm": (0, True, math.inf),
     "optim.max_skipped": (1, True, math.inf),
-    "loss.temperature": (0, False, math.inf),
-    "loss.false_negative_margin": (0, True, 2),
+    **LOSS_RANGES,
     "validation.every": (0, True, math.inf),
     "validation.rows": (1, True, math.inf),
     "checkpoint.every": (1, True, math.inf),
@@ -336,6 +315,7 @@ def validate(config: RunConfig) -> None:
         problem = f"batch.source_run is {config.batch.source_run}, which does not divide batch.images"
         raise UserError(f"{problem}, {config.batch.images}: set it to a divisor")
     _check_weights(data.sources())
+    config.temperature.check(config.loss.temperature)
     if run.precision == "fp32" and config.model.attention in ("flash_attn", "varlen"):
         raise UserError(f"model.attention={config.model.attention} needs run.precision=bf16: set model.attention=auto")
     if data.min_pixels > data.max_pixels:

@@ -37,6 +37,7 @@ from muco_ds.optim import learning_rate
 from muco_ds.reshard import load_universal, universal_form, unusable
 from muco_ds.resume import Start, check_same_run, describe_data
 from muco_ds.tasks.muco import TaskLoss
+from muco_ds.temperature import Temperature
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Trainer:
         self.validation = validation_records(config, self.data.packer)
         self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
         self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
+        self.temperature = Temperature(config.temperature, config.loss.temperature, device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         start = self._find_start()
         universal = start is not None and start.universal
@@ -126,7 +128,7 @@ class Trainer:
         batch = self.data.steps(self.max_steps)[largest.step]
         if isinstance(batch, UserError):
             raise batch
-        result = self._backward(batch)
+        result = self._backward(batch, self.temperature.at(largest.step))
         log.info(
             "dry run: %d steps planned, %d per epoch; largest step %d has %d tokens (fill %.2f, imbalance %.3f), "
             "loss %.3f, peak memory %.2f GiB",
@@ -142,22 +144,23 @@ class Trainer:
 
     def train_step(self, batch: StepBatch) -> dict[str, torch.Tensor]:
         """One optimizer step; returns the local sums of the loss's statistics, on the device."""
-        result = self._backward(batch)
+        result = self._backward(batch, self.temperature.at(batch.step))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(batch.step, self.max_steps, self.config.optim)
         self.guard.step(self.engine, batch, result.stats["loss"])  # clip, AdamW; not where the gradient is not finite
+        self.temperature.step(taken=self.guard.in_a_row == 0)
         return result.stats
 
-    def _backward(self, batch: StepBatch) -> TaskLoss:
+    def _backward(self, batch: StepBatch, temperature: float | torch.Tensor) -> TaskLoss:
         """Gradient of the loss of this rank's queries against the keys of all ranks, packed as memory allows."""
         if len(batch.packs) == 1:
             emb_ED = self._embed(batch.packs[0])  # all queries and targets of this rank in one forward
-            result = self.task.loss([emb_ED], batch.packs, batch.rows_per_rank)
+            result = self.task.loss([emb_ED], batch.packs, batch.rows_per_rank, temperature)
             self.engine.backward(result.loss)
             return result
 
         def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:
-            result = self.task.loss(emb_parts, batch.packs, batch.rows_per_rank)
+            result = self.task.loss(emb_parts, batch.packs, batch.rows_per_rank, temperature)
             return result.loss, result
 
         room = DeviceRoom()
@@ -200,7 +203,7 @@ class Trainer:
             "loss": total["loss"],
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
             "grad_norm": None if self.guard.grad_norm is None else float(self.guard.grad_norm),
-            "temperature": self.config.loss.temperature,
+            "temperature": self.temperature.used,
             "pairs": rows,
             "images": batch.images,
             "llm_tokens": int(batch.cost["llm_tokens"]),
@@ -260,6 +263,7 @@ class Trainer:
             "data": describe_data(self.data.plan.index),
             "zero_stage": self.engine.zero_optimization_stage(),
             "nonfinite": self.guard.counts(),
+            "temperature": self.temperature.state(),
             "versions": {name: version(name) for name in VERSIONED},
         }
         self.checkpoints.save(self.engine, step, meta, write_beside)
@@ -293,6 +297,7 @@ class Trainer:
         load = load_universal if start.universal else load_files
         load(self.engine, start.checkpoint)
         self.guard.restore(start.nonfinite)
+        self.temperature.restore(start.temperature)
         probe_ND = self._probe()
         with env.agreement():
             start.check_probe(probe_ND, self.config.run.precision)

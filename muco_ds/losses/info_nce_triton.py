@@ -123,6 +123,19 @@ def _positive(SAME_TARGET: tl.constexpr, query_label_ptr, n_rows, row, key_label
 
 
 @triton.jit
+def _by_ids(
+    SAME_IMAGE: tl.constexpr, SAME_TARGET: tl.constexpr, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col
+):
+    """Which keys the ids make no negatives of which rows."""
+    found = _positive(SAME_TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    if SAME_IMAGE:
+        found = found | _equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    if SAME_TARGET == "mask":
+        found = found | _equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    return found
+
+
+@triton.jit
 def _add_exponentials(highest, total, added, scale_log2):
     """Each row's maximum, and sum of exponentials below it, with a tile more; -inf stands for no entry."""
     together = tl.maximum(highest, tl.max(added, axis=1))
@@ -140,7 +153,6 @@ def _scan_kernel(
     scale_ptr,
     limit_ptr,
     stats_ptr,
-    n_dropped_ptr,
     n_rows,
     n_keys,
     n_splits,
@@ -154,15 +166,15 @@ def _scan_kernel(
     LIMITED: tl.constexpr,
     POSITIVES: tl.constexpr,
 ):
-    """Of the positives or of the negatives that count: maximum, sum of exponentials below it, sum (positives alone)."""
+    """Maximum, and sum of exponentials below it, of the positives or of the negatives that count; beside them the
+    positives' sum, or the number of entries that are no negatives (where there is a limit)."""
     row_block, split = _place(tl.cdiv(n_rows, BLOCK_R), n_splits, GROUP)
     row_out = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = tl.minimum(row_out, n_rows - 1)  # a row too many is computed and not stored
     scale_log2 = tl.load(scale_ptr) * 1.4426950408889634  # 2^(x log2 e) = e^x
     highest = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_R], dtype=tl.float32)
-    product_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
-    n_dropped = tl.zeros([BLOCK_R], dtype=tl.int32)
+    beside = tl.zeros([BLOCK_R], dtype=tl.float32)
     for block in range(split, tl.cdiv(n_keys, BLOCK_K), n_splits):
         col = block * BLOCK_K + tl.arange(0, BLOCK_K)
         if POSITIVES:
@@ -171,34 +183,26 @@ def _scan_kernel(
                 product = _products(
                     query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D
                 )
-                product_sum += tl.sum(tl.where(positive, product, 0.0), axis=1)
+                beside += tl.sum(tl.where(positive, product, 0.0), axis=1)
                 product = tl.where(positive, product, float("-inf"))
                 highest, total = _add_exponentials(highest, total, product, scale_log2)
         else:
             product = _products(query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D)
-            dropped = _positive(SAME_TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
-            if SAME_IMAGE:
-                dropped = dropped | _equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
-            if SAME_TARGET == "mask":
-                dropped = dropped | _equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+            dropped = _by_ids(SAME_IMAGE, SAME_TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
             if LIMITED:
                 dropped = dropped | (product > tl.load(limit_ptr + row)[:, None])
             product = tl.where(dropped, float("-inf"), product)
             product += tl.where(col < n_keys, 0.0, float("-inf"))[None, :]
             highest, total = _add_exponentials(highest, total, product, scale_log2)
             if LIMITED:
-                # Counted from the -inf: a count of `dropped` itself keeps it in registers beside the logits, and they
-                # spill.
-                n_dropped += tl.sum(tl.where(product == float("-inf"), 1.0, 0.0), axis=1).to(tl.int32)
+                # Counted from the -inf: a count of `dropped` keeps it in registers beside the logits, and they spill.
+                beside += tl.sum(tl.where(product == float("-inf"), 1.0, 0.0), axis=1)
     out = split.to(tl.int64) * n_rows + row_out
     stat = n_splits.to(tl.int64) * n_rows
     stored = row_out < n_rows
     tl.store(stats_ptr + out, highest, mask=stored)
     tl.store(stats_ptr + stat + out, total, mask=stored)
-    if POSITIVES:
-        tl.store(stats_ptr + 2 * stat + out, product_sum, mask=stored)
-    elif LIMITED:
-        tl.store(n_dropped_ptr + out, n_dropped, mask=stored)
+    tl.store(stats_ptr + 2 * stat + out, beside, mask=stored)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_keys"])
@@ -272,16 +276,15 @@ def scan_block(block: Block, state: RowState) -> None:
         return
     n_splits = min(SPLITS, triton.cdiv(n_keys, BLOCK_K))
     stats_23SR = block.scale.new_empty(2, 3, n_splits, n_rows)
-    n_dropped_SR = block.query_ids.pair_id_N.new_empty(n_splits, n_rows)
     inputs, options = _inputs(block), _options(block)
     with torch.cuda.device_of(block.query_RD):  # Triton launches on the current device
         for stats_3SR, positives in zip(stats_23SR, (True, False), strict=True):
             _scan_kernel[(triton.cdiv(n_rows, BLOCK_R) * n_splits,)](
-                *inputs, stats_3SR, n_dropped_SR, n_rows, n_keys, n_splits, **options, POSITIVES=positives
+                *inputs, stats_3SR, n_rows, n_keys, n_splits, **options, POSITIVES=positives
             )
     n_dropped_by_ids = state.count(block)
     if block.limit_R is not None:  # the kernel counts the columns beyond the keys as well
-        state.false_negatives += n_dropped_SR.sum() - n_dropped_by_ids - n_rows * (-n_keys % BLOCK_K)
+        state.false_negatives += stats_23SR[1, 2].long().sum() - n_dropped_by_ids - n_rows * (-n_keys % BLOCK_K)
     highest_2SR, total_2SR = stats_23SR[:, 0] * block.scale, stats_23SR[:, 1]
     (best_R, hardest_R), every_row = highest_2SR.amax(1), slice(None)
     exp_R = (total_2SR[0] * (highest_2SR[0] - finite(best_R)).exp()).sum(0)
