@@ -22,6 +22,8 @@ import yaml
 from muco_ds.config_curriculum import RANGES as CURRICULUM_RANGES
 from muco_ds.config_curriculum import CurriculumOptions, check_curriculum
 from muco_ds.config_lora import LoraOptions, check_adapter
+from muco_ds.config_loss import RANGES as LOSS_RANGES
+from muco_ds.config_loss import LossOptions, TemperatureOptions
 from muco_ds.config_matryoshka import check_sizes
 from muco_ds.config_task import PromptOptions, TaskOptions, check_task
 from muco_ds.errors import UserError
@@ -173,29 +175,6 @@ class OptimOptions:
 
 
 @dataclass
-class LossOptions:
-    """InfoNCE.
-
-    Args:
-        temperature: Divisor of the cosine similarities (paper: 0.02).
-        symmetric: Add the loss of targets against queries (paper: off in pre-training).
-        mask_same_image: Leave out keys of the query's own image, its positive apart (paper: on).
-        mask_same_target: Leave out keys whose text equals the positive's up to case and white space.
-        key_exchange: How a rank meets the other ranks' keys: "gather" all of them, pass them round in a "ring", or
-            "auto": a ring where gathering would take more than 1 GiB. The loss is the same.
-        matryoshka: Smaller sizes of the embedding that shall be usable as well, such as [64, 256]: the loss is the mean
-            over that many leading components and over all of them (arXiv 2205.13147); null: only all.
-    """
-
-    temperature: float = 0.02
-    symmetric: bool = False
-    mask_same_image: bool = True
-    mask_same_target: bool = True
-    key_exchange: Literal["auto", "gather", "ring"] = "auto"
-    matryoshka: list[int] | None = None
-
-
-@dataclass
 class ValidationOptions:
     """Retrieval on held-out rows during training.
 
@@ -248,6 +227,7 @@ class RunConfig:
         batch: The global batch.
         optim: AdamW and its schedule.
         loss: InfoNCE.
+        temperature: How the loss's temperature changes.
         validation: Retrieval during training.
         checkpoint: Saving and resuming.
         log: Metrics.
@@ -263,6 +243,7 @@ class RunConfig:
     batch: BatchOptions = field(default_factory=BatchOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
@@ -303,7 +284,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "optim.eps": (0, False, math.inf),
     "optim.max_grad_norm": (0, True, math.inf),
     "optim.max_skipped": (1, True, math.inf),
-    "loss.temperature": (0, False, math.inf),
+    **LOSS_RANGES,
     "validation.every": (0, True, math.inf),
     "validation.rows": (1, True, math.inf),
     "checkpoint.every": (1, True, math.inf),
@@ -342,8 +323,9 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"{problem}, {config.batch.images}: set it to a divisor")
     _check_weights(data.sources())
     check_sizes(config.loss.matryoshka or [], "loss.matryoshka")
+    config.temperature.check(config.loss.temperature)
     check_curriculum(config.curriculum, config.task)
-    check_task(config.task, config.prompts, masks=config.loss.mask_same_image or config.loss.mask_same_target)
+    check_task(config.task, config.prompts, masks=config.loss.mask_same_image or config.loss.same_target != "keep")
     if run.precision == "fp32" and config.model.attention in ("flash_attn", "varlen"):
         raise UserError(f"model.attention={config.model.attention} needs run.precision=bf16: set model.attention=auto")
     if data.min_pixels > data.max_pixels:

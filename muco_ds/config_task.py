@@ -84,7 +84,7 @@ def check_task(task: TaskOptions, prompts: PromptOptions, *, masks: bool) -> Non
         raise UserError("task.compound is separate but task.reconstruct is false: set the second to true")
     if task.reconstruct and task.compound == "joint" and not masks:
         raise UserError(
-            "task.compound is joint but loss.mask_same_image and loss.mask_same_target are false: switch one on, or "
+            "task.compound is joint but loss.mask_same_image is false and loss.same_target is keep: change one, or "
             "the counterpart of each positive would be its negative"
         )
     for key, prompt in vars(prompts).items():

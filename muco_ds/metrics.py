@@ -22,9 +22,12 @@ from muco_ds.data.schema import StepBatch
 METRIC_KEYS = frozenset(
     {"step", "loss", "lr", "grad_norm", "temperature", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s"}
     | {"tokens_per_s", "mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "masked_frac"}
+    | {"same_image_frac", "same_target_frac", "false_negative_frac", "extra_positive_frac"}
     | {"in_batch_top1", "pos_sim", "hardest_neg_sim", "negatives"}
 )
-"""Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak."""
+"""Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak.
+`masked_frac` is the sum of the three that follow it: row/key entries excluded for the row's image, else its target's
+text, else their similarity."""
 
 
 class MetricsWriter:
@@ -115,6 +118,18 @@ class Meter:
         }
         self._reset()
         return rates
+
+
+def mask_fractions(total: dict[str, float]) -> dict[str, float]:
+    """Shares of the row/key entries that are no negatives for each reason, from the loss's sums over all ranks."""
+    entries = total["entries"]
+    fractions = {
+        "same_image_frac": total["same_image"] / entries,
+        "same_target_frac": total["same_target"] / entries,
+        "false_negative_frac": total["false_negatives"] / entries,
+    }
+    extra = total["extra_positives"] / entries
+    return {"masked_frac": sum(fractions.values()), **fractions, "extra_positive_frac": extra}
 
 
 def peak_memory_gib(device: torch.device) -> float:

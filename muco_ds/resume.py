@@ -51,13 +51,14 @@ class Start:
     stage: int
     universal: bool
     nonfinite: dict[str, int]
+    temperature: dict[str, float]
 
     @classmethod
     def of(cls, checkpoint: Path, world_size: int) -> Start:
         """Raises UserError for a folder that is no complete checkpoint."""
         meta = read_meta(checkpoint)
         universal = is_sharded(meta) and meta["world_size"] != world_size
-        return cls(checkpoint, meta["step"], meta["zero_stage"], universal, meta["nonfinite"])
+        return cls(checkpoint, meta["step"], meta["zero_stage"], universal, meta["nonfinite"], meta["temperature"])
 
     def check_stage(self, stage: int) -> None:
         """Raises UserError when the engine's ZeRO stage is not that of the checkpoint."""

@@ -31,7 +31,7 @@ from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
 from muco_ds.flops import peak_flops
-from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
+from muco_ds.metrics import Meter, MetricsWriter, mask_fractions, peak_memory_gib
 from muco_ds.models.embedder import DeviceRoom, KeptVision
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
@@ -40,6 +40,7 @@ from muco_ds.optim import learning_rate
 from muco_ds.reshard import load_universal, universal_form, unusable
 from muco_ds.resume import Start, check_base, check_same_run, describe_base, describe_data
 from muco_ds.tasks.muco import TaskLoss
+from muco_ds.temperature import Temperature
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Trainer:
         self.validation = validation_records(config, self.data.packer)
         self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
         self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
+        self.temperature = Temperature(config.temperature, config.loss.temperature, device)
         # Beside an adapter the weights stay those of model.path.
         frozen, self.base = config.model.lora.rank == 0, describe_base(config.model)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, frozen=frozen)
@@ -131,7 +133,7 @@ class Trainer:
         batch = self.data.steps(self.max_steps)[largest.step]
         if isinstance(batch, UserError):
             raise batch
-        result = self._backward(batch)
+        result = self._backward(batch, self.temperature.at(largest.step))
         log.info(
             "dry run: %d steps planned, %d per epoch; largest step %d has %d tokens (fill %.2f, imbalance %.3f), "
             "loss %.3f, peak memory %.2f GiB",
@@ -149,22 +151,23 @@ class Trainer:
         """One optimizer step; returns the local sums of the loss's statistics, on the device."""
         # Dropout is a function of seed, step and rank, so that a resumed run draws as it would have.
         torch.manual_seed(int(draw_u64(self.config.run.seed, batch.step, np.array([env.rank()]), DROPOUT)[0]))
-        result = self._backward(batch)
+        result = self._backward(batch, self.temperature.at(batch.step))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(batch.step, self.max_steps, self.config.optim)
         self.guard.step(self.engine, batch, result.stats["loss"])  # clip, AdamW; not where the gradient is not finite
+        self.temperature.step(taken=self.guard.in_a_row == 0)
         return result.stats
 
-    def _backward(self, batch: StepBatch) -> TaskLoss:
+    def _backward(self, batch: StepBatch, temperature: float | torch.Tensor) -> TaskLoss:
         """Gradient of the loss of this rank's queries against the keys of all ranks, packed as memory allows."""
         if len(batch.packs) == 1:
             emb_ED = self._embed(batch.packs[0])  # all queries and targets of this rank in one forward
-            result = self.task.loss([emb_ED], batch.packs, batch.rows_per_rank)
+            result = self.task.loss([emb_ED], batch.packs, batch.rows_per_rank, temperature)
             self.engine.backward(result.loss)
             return result
 
         def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:
-            result = self.task.loss(emb_parts, batch.packs, batch.rows_per_rank)
+            result = self.task.loss(emb_parts, batch.packs, batch.rows_per_rank, temperature)
             return result.loss, result
 
         room = DeviceRoom()
@@ -207,7 +210,7 @@ class Trainer:
             **{name: total[name] for name in names if name.startswith("loss")},
             "lr": learning_rate(batch.step, self.max_steps, self.config.optim),
             "grad_norm": None if self.guard.grad_norm is None else float(self.guard.grad_norm),
-            "temperature": self.config.loss.temperature,
+            "temperature": self.temperature.used,
             "pairs": batch.pairs,
             "negatives": sum(rows.negatives for rows in batch.rows_per_rank),
             "images": batch.images,
@@ -217,7 +220,7 @@ class Trainer:
             "pack_fill": batch.cost["pack_fill"],
             "imbalance": batch.cost["imbalance"],
             "peak_mem_gib": peak_memory_gib(self.device),
-            "masked_frac": total["masked"] / total["entries"],
+            **mask_fractions(total),
             "in_batch_top1": total["top1"] / rows,
             "pos_sim": total["pos_sim"] / rows,
             "hardest_neg_sim": total["hardest_neg_sim"] / max(1.0, total["negative_rows"]),
@@ -280,6 +283,7 @@ class Trainer:
             "base": self.base,
             "zero_stage": self.engine.zero_optimization_stage(),
             "nonfinite": self.guard.counts(),
+            "temperature": self.temperature.state(),
             "versions": {name: version(name) for name in VERSIONED},
         }
         self.checkpoints.save(self.engine, step, meta, write_beside)
@@ -317,6 +321,7 @@ class Trainer:
         else:
             load_files(self.engine, start.checkpoint, frozen=self.checkpoints.frozen)
         self.guard.restore(start.nonfinite)
+        self.temperature.restore(start.temperature)
         probe_ND = self._probe()
         with env.agreement():
             start.check_probe(probe_ND, self.config.run.precision)

@@ -13,7 +13,7 @@ parallelism *averages* gradients over ranks, a factor 1/W, so each rank back-pro
 
 and the averaged gradient is that of L. With equal rows per rank this is the plain local mean, with no factor at all.
 With ragged rows the local mean is wrong (gradient cosine 0.970 on a toy model), and so is a gather without gradient,
-with the *same loss value* (0.937). A learned temperature is a parameter like any other and needs nothing more.
+with the *same loss value* (0.937). A learned temperature is averaged like any other parameter.
 """
 
 from __future__ import annotations

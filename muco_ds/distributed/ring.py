@@ -25,8 +25,9 @@ from torch.autograd.function import once_differentiable
 
 from muco_ds.distributed.gather import is_collective, pad_rows
 from muco_ds.losses import InfoNCE, RowIds, info_nce
+from muco_ds.losses.ids import Masks, SameTarget, label_ids
 from muco_ds.losses.info_nce import as_computed, block_functions, reciprocal, summarise, temperature_gradient
-from muco_ds.losses.tiles import Block, Masks, RowState, label_ids
+from muco_ds.losses.tiles import Block, RowState
 
 
 def ring_info_nce(
@@ -38,7 +39,8 @@ def ring_info_nce(
     *,
     temperature: float | torch.Tensor = 0.02,
     mask_same_image: bool = True,
-    mask_same_target: bool = True,
+    same_target: SameTarget = "mask",
+    limit_R: torch.Tensor | None = None,
     tile_rows: int = 1024,
     tile_keys: int = 4096,
 ) -> InfoNCE:
@@ -49,7 +51,8 @@ def ring_info_nce(
     what ``muco_ds.distributed.gather`` says about scaling holds here too.
 
     ``query_RD`` and ``key_ND`` are this rank's, ``counts`` the number of keys of each rank, the same list on every rank
-    (the batch plan knows it), so nothing waits for the device. A rank may hold no rows, no keys or neither.
+    (the batch plan knows it), so nothing waits for the device. A rank may hold no rows, no keys or neither. ``limit_R``
+    stays with the rows: a limit that hangs on a row's own positive must be known before the keys go round.
 
     Both passes are collective: every rank must call it, with embeddings of one dtype that require a gradient on all
     ranks or on none, and must run the backward, also where it has no rows. With one process, without a process group or
@@ -63,15 +66,15 @@ def ring_info_nce(
             key_ids,
             temperature=temperature,
             mask_same_image=mask_same_image,
-            mask_same_target=mask_same_target,
+            same_target=same_target,
+            limit_R=limit_R,
             tile_rows=tile_rows,
             tile_keys=tile_keys,
         )
     query_RD, key_ND = as_computed(query_RD, key_ND)
-    masks, scale = Masks(mask_same_image, mask_same_target), reciprocal(temperature, query_RD)
-    mine = Block(query_RD.detach(), key_ND.detach(), query_ids, key_ids, masks, scale, (tile_rows, tile_keys))
-    loss_R, positive_R, hardest_R, masked = _RingInfoNCE.apply(query_RD, key_ND, temperature, mine, tuple(counts))
-    return summarise(loss_R, positive_R, hardest_R, masked, sum(counts), scale)
+    masks, scale = Masks(mask_same_image, same_target), reciprocal(temperature, query_RD)
+    mine = Block(query_RD.detach(), key_ND.detach(), query_ids, key_ids, masks, scale, limit_R, (tile_rows, tile_keys))
+    return summarise(*_RingInfoNCE.apply(query_RD, key_ND, temperature, mine, tuple(counts)))
 
 
 class _Shift:
@@ -99,7 +102,7 @@ def _blocks(mine: Block, counts: tuple[int, ...]) -> Iterator[Block]:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     key_MD = pad_rows(mine.key_kD, max(counts))
-    ids_M3 = pad_rows(torch.stack(list(vars(mine.key_ids).values()), dim=1), max(counts))
+    ids_M3 = pad_rows(mine.key_ids.columns().T, max(counts))
     for step in range(world_size):
         shift = _Shift(key_MD, ids_M3) if step < world_size - 1 else None
         count = counts[(rank - step) % world_size]
@@ -120,32 +123,33 @@ class _RingInfoNCE(torch.autograd.Function):
         temperature: float | torch.Tensor,
         mine: Block,
         counts: tuple[int, ...],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         state = RowState.empty(query_RD)
         with torch.autocast(query_RD.device.type, enabled=False):
             for block in _blocks(mine, counts):
                 block_functions(query_RD).scan_block(block, state)
-        loss_R, softmax_2R = state.finish()
-        ctx.save_for_backward(query_RD, key_ND, softmax_2R)
+        loss_R, softmax_4R = state.finish()
+        stats = state.stats(sum(counts), mine.scale)
+        ctx.save_for_backward(query_RD, key_ND, softmax_4R)
         ctx.mine, ctx.counts = mine, counts
         ctx.temperature = temperature if ctx.needs_input_grad[2] else None
-        ctx.mark_non_differentiable(state.positive_R, state.hardest_R, state.masked)
-        return loss_R, state.positive_R, state.hardest_R, state.masked
+        ctx.mark_non_differentiable(stats)
+        return loss_R, stats
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_R: torch.Tensor, *_unused: torch.Tensor
+        ctx: Any, grad_R: torch.Tensor, _unused: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
-        query_RD, key_ND, softmax_2R = ctx.saved_tensors
+        query_RD, key_ND, softmax_4R = ctx.saved_tensors
         mine = replace(ctx.mine, query_RD=query_RD, key_kD=key_ND)  # these are checked for changes in place
-        grad_query_RD = torch.zeros_like(query_RD, dtype=softmax_2R.dtype)
+        grad_query_RD = torch.zeros_like(query_RD, dtype=softmax_4R.dtype)
         shift: _Shift | None = None
         with torch.autocast(query_RD.device.type, enabled=False):
             for block in _blocks(mine, ctx.counts):
                 grad_MD = grad_query_RD.new_zeros(max(ctx.counts), grad_query_RD.shape[1])
                 grad_kD = grad_MD[: len(block.key_kD)]
-                block_functions(query_RD).add_block_gradients(block, softmax_2R, grad_R, grad_query_RD, grad_kD)
+                block_functions(query_RD).add_block_gradients(block, softmax_4R, grad_R, grad_query_RD, grad_kD)
                 if shift is not None:
                     grad_MD += shift.wait()[0]
                 shift = _Shift(grad_MD)

@@ -4,8 +4,10 @@ Shape legend: R rows, k keys of one block, D embedding width, S splits of the ke
 gradient tile.
 
 *Forward.* ``_scan_kernel`` multiplies tiles of rows and keys, evaluates the masks from the ids and keeps each row's
-maximum, sum of exponentials, positive and counts in registers over every S-th tile of keys; only S partial results per
-row are stored, S being fixed so that small R still fills the GPU and the order of the sums never changes.
+maximum, sum of exponentials and counts in registers over every S-th tile of keys; only S partial results per row are
+stored, S being fixed so that small R still fills the GPU and the order of the sums never changes. It runs once for the
+negatives and once for the positives, where it multiplies only the tiles that hold one, which are few: both at once do
+not fit the registers. What is counted by ids alone is counted without the matrix.
 
 *Backward.* ``_gradient_kernel`` recomputes the logits and stores dL/ds of a tile of at most ``GRADIENT_TILE`` entries
 in the embeddings' dtype (bfloat16: 268 MB, 1.6 % of the float32 logits of 65,536 x 65,536); cuBLAS then adds its two
@@ -33,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from muco_ds.losses.tiles import Block, RowState, slices
+from muco_ds.losses.tiles import Block, RowState, finite, slices
 
 # bfloat16: 128 registers a thread and three stages of 32 KB leave room for two programs on a multiprocessor (one on an
 # A100, with 164 KB of shared memory to 228): one's masks and exponentials run under the other's product. With 4 warps,
@@ -111,6 +113,37 @@ def _equal(COLUMN: tl.constexpr, query_label_ptr, n_rows, row, key_label_ptr, n_
     return query_label[:, None] == key_label[None, :]
 
 
+@triton.jit
+def _positive(SAME_TARGET: tl.constexpr, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col):
+    """Which keys are positives of which rows."""
+    positive = _equal(PAIR, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    if SAME_TARGET == "positive":
+        positive = positive | _equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    return positive
+
+
+@triton.jit
+def _by_ids(
+    SAME_IMAGE: tl.constexpr, SAME_TARGET: tl.constexpr, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col
+):
+    """Which keys the ids make no negatives of which rows."""
+    found = _positive(SAME_TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    if SAME_IMAGE:
+        found = found | _equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    if SAME_TARGET == "mask":
+        found = found | _equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    return found
+
+
+@triton.jit
+def _add_exponentials(highest, total, added, scale_log2):
+    """Each row's maximum, and sum of exponentials below it, with a tile more; -inf stands for no entry."""
+    together = tl.maximum(highest, tl.max(added, axis=1))
+    origin = tl.where(together == float("-inf"), 0.0, together)  # inf - inf is not a number
+    exponentials = tl.exp2((added - origin[:, None]) * scale_log2)
+    return together, total * tl.exp2((highest - origin) * scale_log2) + tl.sum(exponentials, axis=1)
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_keys", "n_splits"])
 def _scan_kernel(
     query_ptr,
@@ -118,8 +151,8 @@ def _scan_kernel(
     query_label_ptr,
     key_label_ptr,
     scale_ptr,
+    limit_ptr,
     stats_ptr,
-    n_dropped_ptr,
     n_rows,
     n_keys,
     n_splits,
@@ -130,40 +163,46 @@ def _scan_kernel(
     GROUP: tl.constexpr,
     SAME_IMAGE: tl.constexpr,
     SAME_TARGET: tl.constexpr,
+    LIMITED: tl.constexpr,
+    POSITIVES: tl.constexpr,
 ):
+    """Maximum, and sum of exponentials below it, of the positives or of the negatives that count; beside them the
+    positives' sum, or the number of entries that are no negatives (where there is a limit)."""
     row_block, split = _place(tl.cdiv(n_rows, BLOCK_R), n_splits, GROUP)
     row_out = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = tl.minimum(row_out, n_rows - 1)  # a row too many is computed and not stored
     scale_log2 = tl.load(scale_ptr) * 1.4426950408889634  # 2^(x log2 e) = e^x
-    hardest = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+    highest = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_R], dtype=tl.float32)
-    positive_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
-    n_dropped = tl.zeros([BLOCK_R], dtype=tl.int32)
+    beside = tl.zeros([BLOCK_R], dtype=tl.float32)
     for block in range(split, tl.cdiv(n_keys, BLOCK_K), n_splits):
         col = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        product = _products(query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D)
-        dropped = _equal(PAIR, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
-        positive_sum += tl.sum(tl.where(dropped, product, 0.0), axis=1)
-        if SAME_IMAGE:
-            dropped = dropped | _equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
-        if SAME_TARGET:
-            dropped = dropped | _equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
-        negative = tl.where(dropped, float("-inf"), product)
-        negative += tl.where(col < n_keys, 0.0, float("-inf"))[None, :]
-        highest = tl.maximum(hardest, tl.max(negative, axis=1))
-        origin = tl.where(highest == float("-inf"), 0.0, highest)  # inf - inf is not a number
-        exponentials = tl.exp2((negative - origin[:, None]) * scale_log2)
-        total = total * tl.exp2((hardest - origin) * scale_log2) + tl.sum(exponentials, axis=1)
-        hardest = highest
-        # Counted from the -inf: a count of `dropped` itself keeps it in registers beside the logits, and they spill.
-        n_dropped += tl.sum(tl.where(negative == float("-inf"), 1.0, 0.0), axis=1).to(tl.int32)
+        if POSITIVES:
+            positive = _positive(SAME_TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+            if tl.sum(tl.sum(positive.to(tl.int32), axis=1), axis=0) > 0:
+                product = _products(
+                    query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D
+                )
+                beside += tl.sum(tl.where(positive, product, 0.0), axis=1)
+                product = tl.where(positive, product, float("-inf"))
+                highest, total = _add_exponentials(highest, total, product, scale_log2)
+        else:
+            product = _products(query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D)
+            dropped = _by_ids(SAME_IMAGE, SAME_TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+            if LIMITED:
+                dropped = dropped | (product > tl.load(limit_ptr + row)[:, None])
+            product = tl.where(dropped, float("-inf"), product)
+            product += tl.where(col < n_keys, 0.0, float("-inf"))[None, :]
+            highest, total = _add_exponentials(highest, total, product, scale_log2)
+            if LIMITED:
+                # Counted from the -inf: a count of `dropped` keeps it in registers beside the logits, and they spill.
+                beside += tl.sum(tl.where(product == float("-inf"), 1.0, 0.0), axis=1)
     out = split.to(tl.int64) * n_rows + row_out
     stat = n_splits.to(tl.int64) * n_rows
     stored = row_out < n_rows
-    tl.store(stats_ptr + out, hardest, mask=stored)
+    tl.store(stats_ptr + out, highest, mask=stored)
     tl.store(stats_ptr + stat + out, total, mask=stored)
-    tl.store(stats_ptr + 2 * stat + out, positive_sum, mask=stored)
-    tl.store(n_dropped_ptr + out, n_dropped, mask=stored)
+    tl.store(stats_ptr + 2 * stat + out, beside, mask=stored)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_keys"])
@@ -173,8 +212,11 @@ def _gradient_kernel(
     query_label_ptr,
     key_label_ptr,
     scale_ptr,
+    limit_ptr,
     lse_ptr,
-    at_positive_ptr,
+    centre_ptr,
+    slope_ptr,
+    offset_ptr,
     upstream_ptr,
     grad_ptr,
     n_rows,
@@ -187,6 +229,7 @@ def _gradient_kernel(
     GROUP: tl.constexpr,
     SAME_IMAGE: tl.constexpr,
     SAME_TARGET: tl.constexpr,
+    LIMITED: tl.constexpr,
 ):
     row_block, block = _place(tl.cdiv(n_rows, BLOCK_R), tl.cdiv(n_keys, BLOCK_K), GROUP)
     row_out = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -194,15 +237,18 @@ def _gradient_kernel(
     col = block * BLOCK_K + tl.arange(0, BLOCK_K)
     scale = tl.load(scale_ptr)
     product = _products(query_ptr, row_block, n_rows, key_ptr, block, n_keys, DIM, BLOCK_R, BLOCK_K, BLOCK_D)
-    lse = tl.load(lse_ptr + row)
     upstream = tl.load(upstream_ptr + row) * scale
-    grad = tl.exp(product * scale - lse[:, None])
+    positive = _positive(SAME_TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
+    origin = tl.where(positive, tl.load(centre_ptr + row)[:, None], tl.load(lse_ptr + row)[:, None])
+    grad = tl.exp(product * scale - origin)
+    at_positive = (grad - 1.0) * tl.load(slope_ptr + row)[:, None] + tl.load(offset_ptr + row)[:, None]
     if SAME_IMAGE:
         grad = tl.where(_equal(IMAGE, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col), 0.0, grad)
-    if SAME_TARGET:
+    if SAME_TARGET == "mask":
         grad = tl.where(_equal(TARGET, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col), 0.0, grad)
-    positive = _equal(PAIR, query_label_ptr, n_rows, row, key_label_ptr, n_keys, col)
-    grad = tl.where(positive, tl.load(at_positive_ptr + row)[:, None], grad) * upstream[:, None]
+    if LIMITED:
+        grad = tl.where(product > tl.load(limit_ptr + row)[:, None], 0.0, grad)
+    grad = tl.where(positive, at_positive, grad) * upstream[:, None]
     out = row_out.to(tl.int64)[:, None] * stride_grad + col[None, :]
     inside = (row_out < n_rows)[:, None] & (col < n_keys)[None, :]
     tl.store(grad_ptr + out, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -210,16 +256,16 @@ def _gradient_kernel(
 
 def _inputs(block: Block) -> list[torch.Tensor]:
     """The arguments that both kernels begin with; labels are int32, one row per column of ids."""
-    labels = [
-        torch.stack([ids.image_id_N, ids.pair_id_N, ids.target_hash_N]) for ids in (block.query_ids, block.key_ids)
-    ]
-    return [block.query_RD.contiguous(), block.key_kD.contiguous(), *labels, block.scale]
+    labels = [ids.columns() for ids in (block.query_ids, block.key_ids)]
+    limit_R = block.scale if block.limit_R is None else block.limit_R.contiguous()  # not read where there is none
+    return [block.query_RD.contiguous(), block.key_kD.contiguous(), *labels, block.scale, limit_R]
 
 
 def _options(block: Block) -> dict[str, Any]:
     dtype, dim = block.query_RD.dtype, block.query_RD.shape[1]
     sizes = {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K, "BLOCK_D": BLOCK_D_BYTES // dtype.itemsize, "GROUP": GROUP}
-    masks = {"SAME_IMAGE": block.masks.same_image, "SAME_TARGET": block.masks.same_target}
+    masks: dict[str, Any] = {"SAME_IMAGE": block.masks.same_image, "SAME_TARGET": block.masks.same_target}
+    masks["LIMITED"] = block.limit_R is not None
     return {"DIM": dim, **sizes, **masks, **OPTIONS[dtype]}
 
 
@@ -229,27 +275,26 @@ def scan_block(block: Block, state: RowState) -> None:
     if n_rows == 0 or n_keys == 0:
         return
     n_splits = min(SPLITS, triton.cdiv(n_keys, BLOCK_K))
-    stats_3SR = block.scale.new_empty(3, n_splits, n_rows)
-    n_dropped_SR = state.n_positive_R.new_empty(n_splits, n_rows)
+    stats_23SR = block.scale.new_empty(2, 3, n_splits, n_rows)
+    inputs, options = _inputs(block), _options(block)
     with torch.cuda.device_of(block.query_RD):  # Triton launches on the current device
-        _scan_kernel[(triton.cdiv(n_rows, BLOCK_R) * n_splits,)](
-            *_inputs(block), stats_3SR, n_dropped_SR, n_rows, n_keys, n_splits, **_options(block)
-        )
-    hardest_SR, sum_SR, positive_SR = stats_3SR.unbind()
-    hardest_SR = hardest_SR * block.scale
-    state.positive_R += positive_SR.sum(0) * block.scale
-    sorted_k = block.key_ids.pair_id_N.sort().values
-    first_R, last_R = (torch.searchsorted(sorted_k, block.query_ids.pair_id_N, side=side) for side in ("left", "right"))
-    state.n_positive_R += last_R - first_R
-    # The kernel counts positives and the columns beyond the keys as well.
-    state.masked += n_dropped_SR.sum() - (last_R - first_R).sum() - n_rows * (-n_keys % BLOCK_K)
-    state.hardest_R = torch.maximum(state.hardest_R, hardest_SR.amax(0))
-    state.negative_lse_R = torch.logaddexp(state.negative_lse_R, (hardest_SR + sum_SR.log()).logsumexp(0))
+        for stats_3SR, positives in zip(stats_23SR, (True, False), strict=True):
+            _scan_kernel[(triton.cdiv(n_rows, BLOCK_R) * n_splits,)](
+                *inputs, stats_3SR, n_rows, n_keys, n_splits, **options, POSITIVES=positives
+            )
+    n_dropped_by_ids = state.count(block)
+    if block.limit_R is not None:  # the kernel counts the columns beyond the keys as well
+        state.false_negatives += stats_23SR[1, 2].long().sum() - n_dropped_by_ids - n_rows * (-n_keys % BLOCK_K)
+    highest_2SR, total_2SR = stats_23SR[:, 0] * block.scale, stats_23SR[:, 1]
+    (best_R, hardest_R), every_row = highest_2SR.amax(1), slice(None)
+    exp_R = (total_2SR[0] * (highest_2SR[0] - finite(best_R)).exp()).sum(0)
+    state.add_positives(every_row, stats_23SR[0, 2].sum(0) * block.scale, best_R, exp_R)
+    state.add_negatives(every_row, hardest_R, (highest_2SR[1] + total_2SR[1].log()).logsumexp(0))
 
 
 def add_block_gradients(
     block: Block,
-    softmax_2R: torch.Tensor,
+    softmax_4R: torch.Tensor,
     upstream_R: torch.Tensor,
     grad_query_RD: torch.Tensor,
     grad_key_kD: torch.Tensor,
@@ -271,7 +316,7 @@ def add_block_gradients(
             with torch.cuda.device_of(block.query_RD):
                 _gradient_kernel[(triton.cdiv(height, BLOCK_R) * triton.cdiv(width, BLOCK_K),)](
                     *_inputs(tile),
-                    *softmax_2R[:, row],
+                    *softmax_4R[:, row],
                     upstream_R[row],
                     grad_rc,
                     height,

@@ -3,7 +3,7 @@
 A model trained so puts what matters most into the first components: cut to a trained size and brought to unit length
 again, its embeddings can be searched as if that were their size.
 
-Shape legend: N embeddings, R rows, K keys, D embedding width, P a prefix's width, S sizes.
+Shape legend: N embeddings, D embedding width, P a prefix's width, S sizes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,15 @@ def prefix(emb_ND: torch.Tensor, size: int) -> torch.Tensor:
     return torch.nn.functional.normalize(emb_ND[..., :size], dim=-1)
 
 
-def over_sizes(
-    loss: Callable[[torch.Tensor, torch.Tensor], InfoNCE],
-    row_RD: torch.Tensor,
-    key_KD: torch.Tensor,
-    sizes: Sequence[int],
-) -> InfoNCE:
-    """`loss` of every prefix of rows and keys; the statistics are those of the whole embeddings.
+def over_sizes(loss: Callable[..., InfoNCE], embeddings: Sequence[torch.Tensor], sizes: Sequence[int]) -> InfoNCE:
+    """`loss` of every prefix of some embeddings; the statistics are those of the whole ones.
 
     Args:
-        loss: rows and keys of one width -> their loss. May be collective: it is called once per size, in their order.
+        loss: embeddings of one width, as many as given (rows, keys) -> their loss. May be collective: it is called
+            once per size, in their order.
         sizes: ascending, the last one D.
     Returns:
         `loss_sum` has one entry per size, loss_S.
     """
-    results = [loss(prefix(row_RD, size), prefix(key_KD, size)) for size in sizes]
+    results = [loss(*(prefix(emb_ND, size) for emb_ND in embeddings)) for size in sizes]
     return replace(results[-1], loss_sum=torch.stack([result.loss_sum for result in results]))

@@ -1,7 +1,7 @@
 """The two block functions of the contrastive loss in plain torch, tile by tile, and the types that every form shares.
 
-Shape legend: R rows, k keys of one block (K over all blocks), D embedding width, N either of R and k, r and c the rows
-and keys of one tile.
+Shape legend: R rows, k keys of one block (K over all blocks), D embedding width, r and c the rows and keys of one
+tile.
 
 A loss is a scan over blocks of keys that fills a ``RowState``, and its gradient is a second pass over the same blocks
 with the log-sum-exp of the first. Neither pass keeps anything of R x k. A block function holds whatever its caller
@@ -15,69 +15,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-
-@dataclass(frozen=True)
-class RowIds:
-    """Who each embedding is: three int64 tensors of N entries, on the embeddings' device.
-
-    ``pair_id_N`` joins a query (>= 0) with its one target; hard negatives carry -1, which no query has.
-    """
-
-    image_id_N: torch.Tensor
-    pair_id_N: torch.Tensor
-    target_hash_N: torch.Tensor
-
-    @classmethod
-    def from_table(cls, ids_N3: torch.Tensor) -> RowIds:
-        """From int64 columns (image_id, pair_id, target_hash), as a PackedBatch and ``gather_table`` hold them."""
-        image_id_N, pair_id_N, target_hash_N = ids_N3.unbind(1)
-        return cls(image_id_N, pair_id_N, target_hash_N)
-
-    def __len__(self) -> int:
-        return len(self.pair_id_N)
-
-    def rows(self, start: int, stop: int) -> RowIds:
-        """The ids of rows ``start`` to ``stop``, as views."""
-        return RowIds(self.image_id_N[start:stop], self.pair_id_N[start:stop], self.target_hash_N[start:stop])
-
-
-def label_ids(query: RowIds, key: RowIds) -> tuple[RowIds, RowIds]:
-    """The same ids as int32 labels >= 0 that agree where the ids do, each column contiguous; nothing waits.
-
-    Half the width to load and compare for every entry, and -1 is free to stand for no id at all.
-    """
-    columns = zip(vars(query).values(), vars(key).values(), strict=True)
-    sorted_3N, order_3N = torch.stack([torch.cat(pair) for pair in columns]).sort(dim=1)
-    label_3N = torch.zeros_like(sorted_3N, dtype=torch.int32)
-    label_3N[:, 1:] = (sorted_3N[:, 1:] != sorted_3N[:, :-1]).cumsum(1)
-    label_3N = torch.empty_like(label_3N).scatter_(1, order_3N, label_3N)
-    return RowIds(*label_3N[:, : len(query)]), RowIds(*label_3N[:, len(query) :])
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Which keys leave the denominator: those of the row's image, those with the row's target text, both or none."""
-
-    same_image: bool
-    same_target: bool
-
-    def of(self, query: RowIds, key: RowIds) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bool (positive_RK, excluded_RK) of all rows and keys given."""
-        positive_RK = query.pair_id_N[:, None] == key.pair_id_N[None, :]
-        excluded_RK = torch.zeros_like(positive_RK)
-        if self.same_image:
-            excluded_RK |= query.image_id_N[:, None] == key.image_id_N[None, :]
-        if self.same_target:
-            excluded_RK |= query.target_hash_N[:, None] == key.target_hash_N[None, :]
-        return positive_RK, excluded_RK.logical_and_(~positive_RK)
+from muco_ds.losses.ids import Masks, RowIds
 
 
 @dataclass(frozen=True)
 class Block:
     """Rows against one block of keys, with ids as ``label_ids`` gives them.
 
-    ``scale`` is 1 / temperature, a 0-d tensor: a float would wait for the device. ``tile`` is the (rows, keys) of a
-    tile of the plain-torch functions.
+    ``scale`` is 1 / temperature, a 0-d tensor: a float would wait for the device. ``limit_R`` is the cosine above which
+    a key that is no positive is taken for a false negative, None for none. ``tile`` is the (rows, keys) of a tile of
+    the plain-torch functions.
     """
 
     query_RD: torch.Tensor
@@ -86,53 +33,124 @@ class Block:
     key_ids: RowIds
     masks: Masks
     scale: torch.Tensor
+    limit_R: torch.Tensor | None
     tile: tuple[int, int]
 
     def rows(self, row: slice) -> Block:
         ids = self.query_ids.rows(row.start, row.stop)
-        return replace(self, query_RD=self.query_RD[row], query_ids=ids)
+        limit_R = None if self.limit_R is None else self.limit_R[row]
+        return replace(self, query_RD=self.query_RD[row], query_ids=ids, limit_R=limit_R)
 
     def keys(self, col: slice) -> Block:
         ids = self.key_ids.rows(col.start, col.stop)
         return replace(self, key_kD=self.key_kD[col], key_ids=ids)
+
+    def split(self, logits_Rk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Bool (positive_Rk, excluded_Rk, false_negative_Rk): the last, None without a limit, is part of the second."""
+        positive_Rk, excluded_Rk = self.masks.of(self.query_ids, self.key_ids)
+        if self.limit_R is None:
+            return positive_Rk, excluded_Rk, None
+        false_negative_Rk = logits_Rk > (self.limit_R * self.scale)[:, None]
+        false_negative_Rk.logical_and_((positive_Rk | excluded_Rk).logical_not_())
+        return positive_Rk, excluded_Rk.logical_or_(false_negative_Rk), false_negative_Rk
+
+
+STATS = (
+    *("same_image", "same_target", "false_negatives", "extra_positives", "entries"),
+    *("top1", "pos_sim", "hardest_neg_sim", "negative_rows"),
+)
+"""Names of ``RowState.stats``, explained at ``muco_ds.losses.InfoNCE``."""
 
 
 @dataclass
 class RowState:
     """What a scan knows of each row so far: logits are float32, or float64 for float64 embeddings.
 
-    ``positive_R`` sums the positives' logits and ``n_positive_R`` (int32) counts them; ``hardest_R`` and
-    ``negative_lse_R`` are the largest and the log-sum-exp of the logits that count as negatives, -inf where there is
-    none; ``masked`` (int64, 0-d) is the number of entries that the masks took out.
+    Of the positives: their number ``n_positive_R`` (int64), the sum ``positive_R`` of their logits, the largest
+    ``best_R`` (-inf where there is none) and ``positive_exp_R``, the sum of e^{s - best}. Of the negatives that count:
+    the largest logit ``hardest_R`` and the log-sum-exp ``negative_lse_R``, -inf where there is none. Of the excluded:
+    how many entries each reason took out (int64, 0-d), the first that holds in the order of the fields.
     """
 
-    positive_R: torch.Tensor
     n_positive_R: torch.Tensor
+    positive_R: torch.Tensor
+    best_R: torch.Tensor
+    positive_exp_R: torch.Tensor
     hardest_R: torch.Tensor
     negative_lse_R: torch.Tensor
-    masked: torch.Tensor
+    same_image: torch.Tensor
+    same_target: torch.Tensor
+    false_negatives: torch.Tensor
 
     @classmethod
     def empty(cls, query_RD: torch.Tensor) -> RowState:
         dtype = torch.promote_types(query_RD.dtype, torch.float32)
-        positive_R = query_RD.new_zeros(len(query_RD), dtype=dtype)
-        lowest_R = torch.full_like(positive_R, -torch.inf)
-        masked = torch.zeros((), dtype=torch.int64, device=query_RD.device)
-        return cls(positive_R, torch.zeros_like(positive_R, dtype=torch.int32), lowest_R, lowest_R.clone(), masked)
+        zero_R = query_RD.new_zeros(len(query_RD), dtype=dtype)
+        lowest_R = torch.full_like(zero_R, -torch.inf)
+        none = torch.zeros((), dtype=torch.int64, device=query_RD.device)
+        return cls(
+            *(torch.zeros_like(zero_R, dtype=torch.int64), zero_R, lowest_R, zero_R.clone()),
+            *(lowest_R.clone(), lowest_R.clone(), none, none.clone(), none.clone()),
+        )
+
+    def count(self, block: Block) -> torch.Tensor:
+        """Takes in what the ids of a block say; returns how many of its entries they make no negative (0-d)."""
+        n_positive_R, same_image, same_target = block.masks.count(block.query_ids, block.key_ids)
+        self.n_positive_R += n_positive_R
+        self.same_image += same_image
+        self.same_target += same_target
+        return n_positive_R.sum() + same_image + same_target
+
+    def add_positives(self, row: slice, sum_r: torch.Tensor, best_r: torch.Tensor, exp_r: torch.Tensor) -> None:
+        """Takes in more positives of some rows: their sum, the largest, the sum of e^{s - largest} (0 for none)."""
+        together_r = torch.maximum(self.best_R[row], best_r)
+        origin_r = finite(together_r)
+        seen_r = self.positive_exp_R[row] * (self.best_R[row] - origin_r).exp()
+        self.positive_exp_R[row] = seen_r + exp_r * (best_r - origin_r).exp()
+        self.best_R[row] = together_r
+        self.positive_R[row] += sum_r
+
+    def add_negatives(self, row: slice, hardest_r: torch.Tensor, lse_r: torch.Tensor) -> None:
+        self.hardest_R[row] = torch.maximum(self.hardest_R[row], hardest_r)
+        self.negative_lse_R[row] = torch.logaddexp(self.negative_lse_R[row], lse_r)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """loss_R, and what the gradients need, once all keys are seen: in softmax_2R the log-sum-exp over the positive
-        and its negatives, and the gradient dL/ds of the positive.
+        """loss_R, and what the gradients need, once all keys are seen: softmax_4R of (lse, centre, slope, offset).
 
-        That one is minus the negatives' share of the softmax. As exp(s - lse) - 1 it would be rounding noise in rows
-        that are nearly solved: lse is near 50 at a temperature of 0.02, and float32 knows it to 4e-6.
+        At what counts as a negative dL/ds = e^{s - lse}, with lse over positives and negatives. At each of n positives
+        it is slope (e^{s - centre} - 1) + offset, where centre is the logarithm of the mean of their e^s, the offset
+        -1/n of the negatives' share of the softmax, and slope 1/n of the positives' share, 0 for n = 1.
+
+        As e^{s - lse} - 1/n it would be rounding noise in rows that are nearly solved: lse is near 50 at a temperature
+        of 0.02, and float32 knows it to 4e-6.
         """
-        one_positive_R = self.n_positive_R == 1
-        loss_R = -torch.nn.functional.logsigmoid(self.positive_R - self.negative_lse_R)
-        lse_R = torch.logaddexp(self.positive_R, self.negative_lse_R)
-        softmax_2R = torch.stack([lse_R, -torch.sigmoid(self.negative_lse_R - self.positive_R)])
-        # NaN here makes the gradients of a row without its positive NaN as well: neither half can pass unnoticed.
-        return loss_R.masked_fill_(~one_positive_R, torch.inf), softmax_2R.masked_fill_(~one_positive_R, torch.nan)
+        n_R = self.n_positive_R.to(self.positive_R.dtype)
+        centre_R = self.best_R + (self.positive_exp_R / n_R).log()
+        positive_lse_R = centre_R + n_R.log()
+        spread_R = positive_lse_R - self.positive_R / n_R
+        loss_R = spread_R - torch.nn.functional.logsigmoid(positive_lse_R - self.negative_lse_R)
+        lse_R = torch.logaddexp(positive_lse_R, self.negative_lse_R)
+        negative_share_R = torch.sigmoid(self.negative_lse_R - positive_lse_R)
+        slope_R = torch.where(n_R > 1, (1 - negative_share_R) / n_R, 0)
+        softmax_4R = torch.stack([lse_R, centre_R, slope_R, -negative_share_R / n_R])
+        # NaN here makes the gradients of a row without a positive NaN as well: neither half can pass unnoticed.
+        lost_R = n_R == 0
+        return loss_R.masked_fill_(lost_R, torch.inf), softmax_4R.masked_fill_(lost_R, torch.nan)
+
+    def stats(self, n_keys: int, scale: torch.Tensor) -> torch.Tensor:
+        """The sums named ``STATS`` after a scan of ``n_keys`` keys, float32."""
+        has_negative_R = self.hardest_R > -torch.inf
+        entries = torch.full_like(scale, len(self.best_R) * n_keys)
+        mean_R = self.positive_R / self.n_positive_R.clamp_min(1)
+        sums = [self.same_image, self.same_target, self.false_negatives, (self.n_positive_R - 1).clamp_min(0).sum()]
+        sums += [entries, (self.best_R > self.hardest_R).sum(), (mean_R / scale).sum()]
+        sums += [(torch.where(has_negative_R, self.hardest_R, 0) / scale).sum(), has_negative_R.sum()]
+        return torch.stack([value.float() for value in sums])
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """0 in place of -inf: what may be subtracted from -inf."""
+    return logits.masked_fill(logits == -torch.inf, 0)
 
 
 def slices(length: int, step: int) -> list[slice]:
@@ -142,41 +160,45 @@ def slices(length: int, step: int) -> list[slice]:
 
 def scan_block(block: Block, state: RowState) -> None:
     """Takes a block of keys into ``state``, in place."""
+    state.count(block)
     for row in slices(len(block.query_RD), block.tile[0]):
         scaled_rD = block.query_RD[row] * block.scale
         for col in slices(len(block.key_kD), block.tile[1]):
             tile = block.rows(row).keys(col)
             logits_rc = scaled_rD @ tile.key_kD.T
-            positive_rc, excluded_rc = block.masks.of(tile.query_ids, tile.key_ids)
-            state.positive_R[row] += torch.where(positive_rc, logits_rc, 0).sum(1)
-            state.n_positive_R[row] += positive_rc.sum(1)
-            state.masked += excluded_rc.sum()
+            positive_rc, excluded_rc, false_negative_rc = tile.split(logits_rc)
+            if false_negative_rc is not None:
+                state.false_negatives += false_negative_rc.sum()
+            positives_rc = torch.where(positive_rc, logits_rc, -torch.inf)
+            best_r = positives_rc.amax(1)
+            exp_r = positives_rc.sub_(finite(best_r)[:, None]).exp_().sum(1)
+            state.add_positives(row, torch.where(positive_rc, logits_rc, 0).sum(1), best_r, exp_r)
             negatives_rc = logits_rc.masked_fill_(excluded_rc.logical_or_(positive_rc), -torch.inf)
-            state.hardest_R[row] = torch.maximum(state.hardest_R[row], negatives_rc.amax(1))
-            state.negative_lse_R[row] = torch.logaddexp(state.negative_lse_R[row], negatives_rc.logsumexp(1))
+            state.add_negatives(row, negatives_rc.amax(1), negatives_rc.logsumexp(1))
 
 
 def add_block_gradients(
     block: Block,
-    softmax_2R: torch.Tensor,
+    softmax_4R: torch.Tensor,
     upstream_R: torch.Tensor,
     grad_query_RD: torch.Tensor,
     grad_key_kD: torch.Tensor,
 ) -> None:
     """Adds the gradients of sum(upstream_R * loss_R) that run through a block of keys, in place.
 
-    ``softmax_2R`` is what ``RowState.finish`` gave for *all* keys. The sums are float32 (float64), whatever the
+    ``softmax_4R`` is what ``RowState.finish`` gave for *all* keys. The sums are float32 (float64), whatever the
     embeddings.
     """
     coefficient_R = upstream_R * block.scale
-    lse_R, at_positive_R = softmax_2R
     for row in slices(len(block.query_RD), block.tile[0]):
         scaled_rD = block.query_RD[row] * block.scale
+        lse_r1, centre_r1, slope_r1, offset_r1 = softmax_4R[:, row, None]
         for col in slices(len(block.key_kD), block.tile[1]):
             tile = block.rows(row).keys(col)
             logits_rc = scaled_rD @ tile.key_kD.T
-            positive_rc, excluded_rc = block.masks.of(tile.query_ids, tile.key_ids)
-            grad_rc = logits_rc.sub_(lse_R[row, None]).exp_().masked_fill_(excluded_rc, 0)
-            grad_rc = torch.where(positive_rc, at_positive_R[row, None], grad_rc).mul_(coefficient_R[row, None])
+            positive_rc, excluded_rc, _ = tile.split(logits_rc)
+            grad_rc = logits_rc.sub_(torch.where(positive_rc, centre_r1, lse_r1)).exp_().masked_fill_(excluded_rc, 0)
+            at_positive_rc = (grad_rc - 1).mul_(slope_r1).add_(offset_r1)
+            grad_rc = torch.where(positive_rc, at_positive_rc, grad_rc).mul_(coefficient_R[row, None])
             grad_query_RD[row].addmm_(grad_rc, tile.key_kD)
             grad_key_kD[col].addmm_(grad_rc.T, tile.query_RD)

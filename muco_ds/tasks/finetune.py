@@ -12,7 +12,6 @@ sizes of the embedding that are trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from muco_ds.config import LossOptions
 from muco_ds.data.schema import PackedBatch, RowCounts, by_side
 from muco_ds.losses import InfoNCE
 from muco_ds.models.embedder import Embedder
-from muco_ds.tasks.muco import MuCoTask, TaskLoss
+from muco_ds.tasks.muco import MuCoTask, Rows, TaskLoss, sides
 
 
 class FineTuneTask(MuCoTask):
@@ -38,27 +37,37 @@ class FineTuneTask(MuCoTask):
         self.forms, self.compound = forms, compound
 
     def loss(
-        self, emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch], rows_per_rank: list[RowCounts]
+        self,
+        emb_parts: Sequence[torch.Tensor],
+        packs: Sequence[PackedBatch],
+        rows_per_rank: list[RowCounts],
+        temperature: float | torch.Tensor | None = None,
     ) -> TaskLoss:
-        """The terms of this rank's pairs against the keys of all ranks; scaled as in `MuCoTask.loss`.
+        """The terms of this rank's pairs against the keys of all ranks; scaled, and with arguments, as `MuCoTask.loss`.
 
         Symmetric: the mean of this and of the same with queries and targets exchanged, without negatives.
         """
         emb_ED, ids_E3, counts = by_side(emb_parts, packs)
-        sizes = [counts.queries, counts.targets, counts.negatives]
-        query, target, negative = map(_Rows, emb_ED.split(sizes), ids_E3.split(sizes))
+        query, target, negative = sides(emb_ED, ids_E3, counts)
         world_size = len(rows_per_rank)
         queries, targets = ([rows.queries for rows in rows_per_rank], [rows.targets for rows in rows_per_rank])
         scale = world_size / (sum(queries) // self.forms)
-        terms = self._terms(query, target, targets, negative, [rows.negatives for rows in rows_per_rank])
+        negatives = [rows.negatives for rows in rows_per_rank]
+        terms = self._terms(query, target, targets, negative, negatives, temperature)
         loss_S = torch.stack([term.loss_sum for term in terms]).sum(0) * scale
         if self.options.symmetric:
-            back = self._terms(target, query, queries, negative.part(slice(0)), [0] * world_size)
+            back = self._terms(target, query, queries, negative.part(slice(0)), [0] * world_size, temperature)
             loss_S = (loss_S + torch.stack([term.loss_sum for term in back]).sum(0) * scale) / 2
         return TaskLoss.of(loss_S, terms, world_size, self.sizes(emb_ED))
 
     def _terms(
-        self, row: _Rows, paired: _Rows, paired_counts: list[int], other: _Rows, other_counts: list[int]
+        self,
+        row: Rows,
+        paired: Rows,
+        paired_counts: list[int],
+        other: Rows,
+        other_counts: list[int],
+        temperature: float | torch.Tensor | None,
     ) -> list[InfoNCE]:
         """Every form of the rows against every form of the keys paired with them, and other keys.
 
@@ -66,31 +75,30 @@ class FineTuneTask(MuCoTask):
         its dialogue do; with the ids of form f, a row's positive is the key of form f.
         """
         forms = self.forms
-        emb_RFD, ids_RF3 = (rows.view(len(rows) // forms, forms, rows.shape[1]) for rows in (row.emb_ND, row.ids_N3))
+        rows_RFD, own_RFD, own_RF3 = (_by_pair(rows, forms) for rows in (row.emb_ND, paired.emb_ND, paired.ids_N3))
+        ids_RF3 = _by_pair(row.ids_N3, forms)
         if self.compound == "joint":
-            key = paired.followed_by(other)
             counts = [sum(both) for both in zip(paired_counts, other_counts, strict=True)]
-            emb_RFFD = emb_RFD[:, :, None].expand(-1, -1, forms, -1)
-            ids_RFF3 = ids_RF3[:, None].expand(-1, forms, -1, -1)
-            return [self._info_nce(emb_RFFD.flatten(0, 2), ids_RFF3.flatten(0, 2), key.emb_ND, key.ids_N3, counts)]
+            each = Rows(_repeated(rows_RFD, 2, forms), _repeated(ids_RF3, 1, forms))
+            own = Rows(_repeated(own_RFD, 1, forms), _repeated(own_RF3, 1, forms))
+            return [self._info_nce(each, own, paired.followed_by(other), counts, temperature)]
         counts = [mine // forms + others for mine, others in zip(paired_counts, other_counts, strict=True)]
         terms = []
         for form in range(forms):
+            part = slice(form, form + 1)
+            own = Rows(_repeated(own_RFD[:, part], 2, forms), _repeated(own_RF3[:, part], 2, forms))
+            as_form = Rows(row.emb_ND, _repeated(ids_RF3[:, part], 2, forms))
             key = paired.part(slice(form, None, forms)).followed_by(other)
-            as_form_RF3 = ids_RF3[:, form : form + 1].expand(-1, forms, -1)
-            terms.append(self._info_nce(row.emb_ND, as_form_RF3.flatten(0, 1), key.emb_ND, key.ids_N3, counts))
+            terms.append(self._info_nce(as_form, own, key, counts, temperature))
         return terms
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Embeddings and their ids."""
+def _by_pair(rows_NX: torch.Tensor, forms: int) -> torch.Tensor:
+    return rows_NX.view(len(rows_NX) // forms, forms, rows_NX.shape[1])
 
-    emb_ND: torch.Tensor
-    ids_N3: torch.Tensor
 
-    def part(self, which: slice) -> _Rows:
-        return _Rows(self.emb_ND[which], self.ids_N3[which])
-
-    def followed_by(self, other: _Rows) -> _Rows:
-        return _Rows(torch.cat([self.emb_ND, other.emb_ND]), torch.cat([self.ids_N3, other.ids_N3]))
+def _repeated(rows_RFX: torch.Tensor, dim: int, times: int) -> torch.Tensor:
+    """Rows [R, F, X] with a new dimension of so many equal entries before (1) or after (2) F: [R * F * times, X]."""
+    shape = list(rows_RFX.shape)
+    shape.insert(dim, times)
+    return rows_RFX.unsqueeze(dim).expand(shape).flatten(0, 2)

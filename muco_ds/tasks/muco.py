@@ -7,7 +7,8 @@ sizes of the embedding that are trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.schema import PackedBatch, RowCounts, by_side
 from muco_ds.distributed.gather import gather_rows, gather_table
 from muco_ds.distributed.ring import ring_info_nce
-from muco_ds.losses import InfoNCE, RowIds, info_nce
+from muco_ds.losses import InfoNCE, RowIds, false_negative_limit, info_nce
 from muco_ds.losses.matryoshka import over_sizes
 from muco_ds.models.embedder import Embedder, KeptVision
 
@@ -44,6 +45,20 @@ class TaskLoss:
         return cls(loss, {**stats, **by_size, "rows": rows, "loss": loss.detach() / world_size})
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Embeddings and their ids, int64 columns as in a PackedBatch."""
+
+    emb_ND: torch.Tensor
+    ids_N3: torch.Tensor
+
+    def part(self, which: slice) -> Rows:
+        return Rows(self.emb_ND[which], self.ids_N3[which])
+
+    def followed_by(self, other: Rows) -> Rows:
+        return Rows(torch.cat([self.emb_ND, other.emb_ND]), torch.cat([self.ids_N3, other.ids_N3]))
+
+
 class MuCoTask(nn.Module):
     """Model and objective of the stage. Parameters live in `embedder`, under the stock model's names.
 
@@ -60,28 +75,27 @@ class MuCoTask(nn.Module):
         return self.embedder(pack, kept)
 
     def loss(
-        self, emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch], rows_per_rank: list[RowCounts]
+        self,
+        emb_parts: Sequence[torch.Tensor],
+        packs: Sequence[PackedBatch],
+        rows_per_rank: list[RowCounts],
+        temperature: float | torch.Tensor | None = None,
     ) -> TaskLoss:
         """InfoNCE of this rank's rows, the embeddings of all its packs, against the keys of all ranks.
 
         Data-parallel averaging divides by the world size W, so `local sum * W / global rows` gives exactly the
-        gradient of the mean over the global batch, whatever each rank holds (docs/design.md).
+        gradient of the mean over the global batch, whatever each rank holds (docs/design.md). `temperature`: a float or
+        a 0-d tensor, which may require a gradient; default: the option.
         """
         emb_ED, ids_E3, counts = by_side(emb_parts, packs)
-        queries, targets = counts.queries, counts.targets
-        query_ED, key_ED, query_ids_E3, key_ids_E3 = (
-            emb_ED[:queries],
-            emb_ED[queries:],
-            ids_E3[:queries],
-            ids_E3[queries:],
-        )
-        forward = self._info_nce(query_ED, query_ids_E3, key_ED, key_ids_E3, [rows.keys for rows in rows_per_rank])
+        query, target, negative = sides(emb_ED, ids_E3, counts)
+        key_counts = [rows.keys for rows in rows_per_rank]
+        forward = self._info_nce(query, target, target.followed_by(negative), key_counts, temperature)
         world_size = len(rows_per_rank)
         loss_S = forward.loss_sum * (world_size / sum(rows.queries for rows in rows_per_rank))
         if self.options.symmetric:
-            target_ED, target_ids_E3 = key_ED[:targets], key_ids_E3[:targets]
             query_counts = [rows.queries for rows in rows_per_rank]
-            backward = self._info_nce(target_ED, target_ids_E3, query_ED, query_ids_E3, query_counts)
+            backward = self._info_nce(target, query, query, query_counts, temperature)
             loss_S = (loss_S + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
         return TaskLoss.of(loss_S, [forward], world_size, self.sizes(emb_ED))
 
@@ -90,31 +104,43 @@ class MuCoTask(nn.Module):
         return sizes_of(self.options.matryoshka, emb_ED.shape[1])
 
     def _info_nce(
-        self,
-        row_RD: torch.Tensor,
-        row_ids_R3: torch.Tensor,
-        key_ND: torch.Tensor,
-        key_ids_N3: torch.Tensor,
-        counts: list[int],
+        self, row: Rows, own: Rows, key: Rows, counts: list[int], temperature: float | torch.Tensor | None
     ) -> InfoNCE:
-        """This rank's rows against the keys of all ranks, which hold `counts` of them; `loss_sum` is by size."""
-        names = ("temperature", "mask_same_image", "mask_same_target")
-        options = {name: getattr(self.options, name) for name in names}
-        row_ids, sizes = RowIds.from_table(row_ids_R3), self.sizes(key_ND)
-        if self._travels(key_ND, counts):
-            key_ids = RowIds.from_table(key_ids_N3)
-            return over_sizes(
-                lambda row_RP, key_NP: ring_info_nce(row_RP, key_NP, row_ids, key_ids, counts, **options),
-                *(row_RD, key_ND, sizes),
-            )
-        key_ids = RowIds.from_table(gather_table(key_ids_N3, counts))
-        return over_sizes(
-            lambda row_RP, key_KP: info_nce(row_RP, key_KP, row_ids, key_ids, **options),
-            *(row_RD, gather_rows(key_ND, counts), sizes),  # gathered once, at full width
-        )
+        """This rank's rows against the keys of all ranks, which hold `counts` of them; `loss_sum` is by size.
+
+        Row i's own positive is `own` i: the turns of a dialogue have one order on both sides (`Stage.sides`), and packs
+        and `by_side` keep it.
+        """
+        options: dict[str, Any] = {
+            "temperature": self.options.temperature if temperature is None else temperature,
+            "mask_same_image": self.options.mask_same_image,
+            "same_target": self.options.same_target,
+        }
+        travels, margin = self._travels(key.emb_ND, counts), self.options.false_negative_margin
+        emb_KD, ids_K3 = key.emb_ND, key.ids_N3
+        if not travels:
+            emb_KD, ids_K3 = gather_rows(emb_KD, counts), gather_table(ids_K3, counts)  # once, at full width
+        row_ids, key_ids = RowIds.from_table(row.ids_N3), RowIds.from_table(ids_K3)
+
+        def loss_of(row_RP: torch.Tensor, own_RP: torch.Tensor, key_KP: torch.Tensor) -> InfoNCE:
+            limit_R = None if margin is None else false_negative_limit(row_RP, own_RP, margin)
+            if travels:
+                return ring_info_nce(row_RP, key_KP, row_ids, key_ids, counts, limit_R=limit_R, **options)
+            return info_nce(row_RP, key_KP, row_ids, key_ids, limit_R=limit_R, **options)
+
+        result = over_sizes(loss_of, [row.emb_ND, own.emb_ND, emb_KD], self.sizes(key.emb_ND))
+        # NaN where the pair ids contradict the order: of a broken table of ids, no part may pass for a loss.
+        in_order = (row.ids_N3[:, 1] == own.ids_N3[:, 1]).all()
+        return replace(result, loss_sum=result.loss_sum * torch.where(in_order, 1.0, torch.nan))
 
     def _travels(self, key_ND: torch.Tensor, counts: list[int]) -> bool:
         """Whether the keys go round in a ring instead of being gathered; every rank decides alike."""
         if self.options.key_exchange != "auto":
             return self.options.key_exchange == "ring"
         return sum(counts) * key_ND.shape[1] * key_ND.element_size() > GATHERED_BYTES
+
+
+def sides(emb_ED: torch.Tensor, ids_E3: torch.Tensor, counts: RowCounts) -> list[Rows]:
+    """Queries, targets and negatives of pooled rows in that order."""
+    sizes = [counts.queries, counts.targets, counts.negatives]
+    return [Rows(*part) for part in zip(emb_ED.split(sizes), ids_E3.split(sizes), strict=True)]

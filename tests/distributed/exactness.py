@@ -5,7 +5,9 @@
 runs the whole grid, {1, 2, 4 ranks} x {1, 3 packs} x {ZeRO 0, 2, 3} x {activation checkpointing} x {vision frozen,
 trained}, and fine-tuning with reconstruction on every ZeRO stage, in fp32 and prints a table in Markdown. Every batch
 holds ragged dialogues in both attention layouts, rows with and without a picture, and ragged hard negatives, some of
-them with pictures, of which some are masked. Keys are gathered, under ZeRO 2 passed round in a ring.
+them with pictures, of which some are masked. Keys are gathered, under ZeRO 2 passed round in a ring. The temperature is
+learned; keys with a row's target text are positives as well where the vision tower is frozen, and likely false
+negatives are left out where it is not.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from muco_ds.config import (
     RunConfig,
     RunOptions,
     TaskOptions,
+    TemperatureOptions,
 )
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.plan import Plan, StepPlan
@@ -52,6 +55,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # where pytest finds it, and th
 from tiny_folders import KINDS, change_family
 
 IMAGES, STEPS = 24, 3
+LOG = "log_temperature"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """Of a run: per step the global loss and every parameter's gradient, and the weights at the end."""
+    """Of a run: per step the global loss and every parameter's gradient, and the weights at the end.
+
+    The temperature's logarithm is one of the parameters.
+    """
 
     losses: list[float]
     gradients: list[dict[str, torch.Tensor]]
@@ -140,7 +147,14 @@ def run_config(folder: Path, setting: Setting) -> RunConfig:
         batch=BatchOptions(images=IMAGES, pack_tokens=10**6),
         # AdamW divides by the gradient's own size: with a tiny eps rounding decides where the gradient is zero.
         optim=OptimOptions(lr=2e-4, warmup_steps=1, eps=1e-4, weight_decay=0.01),
-        loss=LossOptions(temperature=0.1, symmetric=True, key_exchange="ring" if setting.stage == 2 else "gather"),
+        loss=LossOptions(
+            temperature=0.1,
+            symmetric=True,
+            same_target="positive" if setting.frozen else "mask",
+            false_negative_margin=None if setting.frozen else 0.02,
+            key_exchange="ring" if setting.stage == 2 else "gather",
+        ),
+        temperature=TemperatureOptions("learned", lr=0.02, max=0.2),
         deepspeed=str(path),
     )
 
@@ -177,7 +191,12 @@ def trained(folder: Path, setting: Setting) -> Outcome:
         if dist.is_initialized():
             dist.all_reduce(total)
         outcome.losses.append(float(total))
-        outcome.gradients.append(full_tensors(engine, gradients=True))
+        assert trainer.temperature.log is not None and trainer.temperature.log.grad is not None
+        partial = trainer.temperature.log.grad.clone()
+        if dist.is_initialized():
+            dist.all_reduce(partial)
+        gradients = full_tensors(engine, gradients=True)
+        outcome.gradients.append({**gradients, LOG: partial / env.world_size()})
         take_step(engine, batch, loss)
 
     trainer.guard.step = recorded  # type: ignore[method-assign]
@@ -187,7 +206,8 @@ def trained(folder: Path, setting: Setting) -> Outcome:
         assert isinstance(batch, StepBatch) and len(batch.packs) == setting.packs
         assert [pack.counts for pack in batch.packs] != [] and sum(rows.negatives for rows in batch.rows_per_rank) > 3
         trainer.train_step(batch)
-    outcome.weights = full_tensors(trainer.engine, gradients=False)
+    assert trainer.temperature.log is not None
+    outcome.weights = {**full_tensors(trainer.engine, gradients=False), LOG: trainer.temperature.log.detach().clone()}
     trainer.engine.destroy()
     return outcome
 
@@ -213,21 +233,28 @@ def reference(folder: Path, frozen: bool, finetune: bool) -> Outcome:
     )
     task = build_task(config, Embedder(backbone, freeze_vision=frozen)).train()
     optimizer = build_optimizer(task, config.optim)
+    log_temperature = torch.nn.Parameter(torch.tensor(math.log(config.loss.temperature)))
+    adam = torch.optim.Adam([log_temperature], lr=config.temperature.lr)
     named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     outcome = Outcome([], [], {}, 1)
     for step in range(STEPS):
         batch = data.steps(STEPS)[step]
         assert isinstance(batch, StepBatch)
-        result = task.loss([task(batch.packs[0])], batch.packs, batch.rows_per_rank)
+        result = task.loss([task(batch.packs[0])], batch.packs, batch.rows_per_rank, log_temperature.exp())
+        kind = "extra_positives" if frozen else "false_negatives"
+        assert result.stats[kind] > 0 and 0.02 < result.stats[kind] / result.stats["entries"] < 0.5, result.stats
         optimizer.zero_grad()
+        adam.zero_grad()
         result.loss.backward()
         outcome.losses.append(float(result.loss))
-        outcome.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})  # type: ignore[union-attr]
+        trained = {**named, LOG: log_temperature}
+        outcome.gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})  # type: ignore[union-attr]
         torch.nn.utils.clip_grad_norm_(list(named.values()), config.optim.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, config.optim)
         optimizer.step()
-    outcome.weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+        adam.step()
+    outcome.weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     return outcome
 
 

@@ -21,12 +21,16 @@ step = 0
 
 
 def poisoned_loss(
-    self: MuCoTask, emb_parts: Sequence[torch.Tensor], packs: Sequence[PackedBatch], rows: list[RowCounts]
+    self: MuCoTask,
+    emb_parts: Sequence[torch.Tensor],
+    packs: Sequence[PackedBatch],
+    rows: list[RowCounts],
+    temperature: float | torch.Tensor,
 ) -> TaskLoss:
     """The loss and what other ranks see of it stay finite: a backward pass overflows on one rank."""
     if step in POISONED and env.rank() == env.world_size() - 1:
         emb_parts = [_Overflow.apply(emb_ED) for emb_ED in emb_parts]
-    return loss(self, emb_parts, packs, rows)
+    return loss(self, emb_parts, packs, rows, temperature)
 
 
 class _Overflow(torch.autograd.Function):

@@ -35,6 +35,7 @@ def check_that_one_step_is_skipped(
     deepspeed: Path, precision: str, pack_tokens: int, demo: Demo, programs: Programs, tmp_path: Path
 ) -> None:
     overrides = {"deepspeed": deepspeed, "batch.pack_tokens": pack_tokens, "run.precision": precision}
+    overrides |= {"temperature.schedule": "learned"}
     result = programs.run([SCRIPT, *demo.train(tmp_path, overrides)[1:]], ranks=2, POISONED="2").check()
     for output in result.stdout:
         told = [line for line in output.splitlines() if line.endswith("weights")]
@@ -47,6 +48,8 @@ def check_that_one_step_is_skipped(
     lines = metrics(tmp_path)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
     assert [line["grad_norm"] is None for line in lines] == [False, True, False, False]
+    first, second, third, fourth = (line["temperature"] for line in lines)
+    assert first != second == third != fourth, "learned from a step that was not taken"
     assert "step 2: the gradient is not finite: skipped (1 in a row)" in result.stderr[0]
 
 

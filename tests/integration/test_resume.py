@@ -17,6 +17,8 @@ from programs import Demo, Job, Programs, losses, metrics, refusal
 STEPS, RANKS = 8, 2
 # The constant schedule, because a cosine's end is run.max_steps, which may change between a run and its resumption.
 LONG = {"run.max_steps": STEPS, "checkpoint.every": 1, "checkpoint.keep": STEPS, "optim.schedule": "constant"}
+# Learned, so that its state is part of what must go on.
+LONG |= {"temperature.schedule": "learned", "temperature.lr": 0.05}
 REQUEUE = 75
 
 

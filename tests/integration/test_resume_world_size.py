@@ -24,6 +24,7 @@ STEPS, MIDDLE = 8, 3
 LONG: dict[str, object] = {
     **{"run.max_steps": STEPS, "checkpoint.every": MIDDLE, "checkpoint.keep": STEPS},
     **{"optim.schedule": "constant", "optim.weight_decay": 5.0},
+    **{"temperature.schedule": "learned", "temperature.lr": 0.05},
 }
 RESAVE = str(Path(__file__).with_name("resave.py"))
 RESHARD = str(REPOSITORY / "tools" / "reshard_ckpt.py")

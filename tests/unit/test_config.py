@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -170,6 +171,11 @@ def test_command_line_mistakes_are_one_line(recipe: Path) -> None:
         ("optim", {"lr": float("inf")}, ["optim.lr", "inf"]),
         ("optim", {"beta2": 1.0}, ["optim.beta2", "1.0"]),
         ("loss", {"temperature": 0.0}, ["loss.temperature", "0.0"]),
+        ("loss", {"false_negative_margin": -0.1}, ["loss.false_negative_margin", "-0.1", "at least 0"]),
+        ("temperature", {"steps": 0}, ["temperature.steps", "0"]),
+        ("temperature", {"min": math.nan}, ["temperature.min", "nan"]),
+        ("temperature", {"schedule": "learned", "min": 0.03}, ["loss.temperature is 0.02", "temperature.min, 0.03"]),
+        ("temperature", {"schedule": "learned", "max": 0.015}, ["loss.temperature is 0.02", "temperature.max, 0.015"]),
         ("validation", {"every": 50}, ["validation.every", "50", "data.val"]),
         ("batch", {"images": 1}, ["batch.images", "1"]),
         ("run", {"max_steps": None}, ["run.max_steps", "run.epochs"]),

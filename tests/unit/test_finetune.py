@@ -290,7 +290,7 @@ def test_the_stage_is_configured_by_name() -> None:
         ([*FINETUNE, "--task.query_history", "0.5"], ["task.query_history", "0.5", "finetune"]),
         (["--task.name", "finetune", "--task.compound", "separate"], ["task.compound", "task.reconstruct"]),
         (
-            [*FINETUNE, "--loss.mask_same_image", "false", "--loss.mask_same_target", "false"],
+            [*FINETUNE, "--loss.mask_same_image", "false", "--loss.same_target", "keep"],
             ["task.compound", "loss.mask_same_image"],
         ),
         ([*FINETUNE, "--prompts.after_query", "nothing"], ["prompts.after_query", "{counterpart}"]),

@@ -110,7 +110,7 @@ def test_statistics_are_those_of_the_whole_embedding() -> None:
         seen.append(row_RP.shape[1])
         return info_nce_dense(row_RP, key_KP, *ids, temperature=0.1)
 
-    result, whole = over_sizes(loss, row_RD, key_KD, [3, 12]), loss(row_RD, key_KD)
+    result, whole = over_sizes(loss, [row_RD, key_KD], [3, 12]), loss(row_RD, key_KD)
     assert seen[:2] == [3, 12]  # the order in which ranks that exchange keys meet
     assert result.count == 6 and result.stats.keys() == whole.stats.keys()
     assert all(torch.equal(value, whole.stats[name]) for name, value in result.stats.items())

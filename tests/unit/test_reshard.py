@@ -29,7 +29,13 @@ def make_checkpoint(folder: Path, step: int = 7, stage: int = 3, weight: float =
     work = path.with_suffix(".tmp")
     (work / TAG).mkdir(parents=True)
     (work / TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("shard")
-    meta = {"step": step, "world_size": 2, "zero_stage": stage, "nonfinite": {"skipped": 0, "in_a_row": 0}}
+    meta = {
+        "step": step,
+        "world_size": 2,
+        "zero_stage": stage,
+        "nonfinite": {"skipped": 0, "in_a_row": 0},
+        "temperature": {},
+    }
     (work / "meta.json").write_text(json.dumps(meta))
     save_file({"probe_ND": PROBE_ND * weight}, work / "probe.safetensors")
     files = {str(file.relative_to(work)): file.stat().st_size for file in work.rglob("*") if file.is_file()}

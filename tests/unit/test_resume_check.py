@@ -40,8 +40,9 @@ BOUND = {
     *("data.train", "data.min_pixels", "data.max_pixels", "data.short_side", "batch.images", "batch.source_run"),
     *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
-    *("loss.mask_same_target", "loss.matryoshka", "deepspeed", "optim.vision_lr"),
+    *("loss.same_target", "loss.false_negative_margin", "loss.matryoshka", "deepspeed", "optim.vision_lr"),
     *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "dora", "targets", "train_new_rows")),
+    *(f"temperature.{key}" for key in ("schedule", "start", "steps", "lr", "min", "max")),
 }
 
 
