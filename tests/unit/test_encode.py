@@ -137,6 +137,22 @@ def test_unusable_pictures_are_named(model: Embedder, file: Path, tmp_path: Path
             model.encode(["fine", {"image": str(path)}])
 
 
+def test_marked_dialogues_with_broken_pictures_are_nan_and_no_others(
+    model: Embedder, file: Path, tmp_path: Path
+) -> None:
+    truncated, absent = tmp_path / "cut.png", tmp_path / "absent.png"
+    truncated.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    fine = [Dialogue(("a", "b"), (str(file),)), Dialogue(("c",))]
+    broken = [Dialogue(("a", "b"), (str(file), str(truncated))), Dialogue(("d",), (str(absent),))]
+    device = torch.device("cpu")
+    for pack_tokens in (1, 10**6):
+        options: dict[str, Any] = {"pack_tokens": pack_tokens, "device": device, "shared": False}
+        mixed = [fine[0], broken[0], fine[1], broken[1]]
+        got = encode_dialogues(model, packer(), mixed, mark_broken=True, **options)
+        assert got.isnan().all(1).tolist() == [False, False, True, True, False, True]
+        torch.testing.assert_close(got[[0, 1, 4]], encode_dialogues(model, packer(), fine, **options))
+
+
 def test_ranks_share_the_packs_and_every_rank_forwards_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ranks played in turn, their exchange by hand: five packs are three rounds for each of two ranks."""
     dialogues = [Dialogue((text,)) for text in ("a", "b c", "d e f", "g", "h i")]
