@@ -31,7 +31,7 @@ class Temperature:
         self.log: nn.Parameter | None = None
         if options.schedule == "learned":
             self.log = nn.Parameter(torch.tensor(math.log(target), device=device))
-            self._adam = torch.optim.Adam([self.log], lr=options.lr)
+            self.adam = torch.optim.Adam([self.log], lr=options.lr)
 
     def at(self, step: int) -> float | torch.Tensor:
         """For the loss of a step, counted from 0: a float, or a 0-d tensor with a gradient where it is learned."""
@@ -60,16 +60,16 @@ class Temperature:
         if taken:
             assert self.log.grad is not None, "the loss did not use the temperature"
             env.sum_over_ranks(self.log.grad).div_(env.world_size())
-            self._adam.step()
+            self.adam.step()
             with torch.no_grad():
                 self.log.clamp_(math.log(self.options.min), math.log(self.options.max))
-        self._adam.zero_grad()
+        self.adam.zero_grad()
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps, for `restore`: the same on every rank, exact as JSON."""
         if self.log is None:
             return {}
-        moments = {name: float(value) for name, value in self._adam.state[self.log].items()}
+        moments = {name: float(value) for name, value in self.adam.state[self.log].items()}
         return {"log": float(self.log.detach()), **moments}
 
     def restore(self, state: dict[str, float]) -> None:
@@ -78,5 +78,5 @@ class Temperature:
         with torch.no_grad():
             self.log.fill_(state["log"])
         moments = {name: torch.tensor(value) for name, value in state.items() if name != "log"}
-        groups = self._adam.state_dict()["param_groups"]
-        self._adam.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})

@@ -191,23 +191,21 @@ def trained(folder: Path, setting: Setting) -> Outcome:
         if dist.is_initialized():
             dist.all_reduce(total)
         outcome.losses.append(float(total))
-        assert trainer.temperature.log is not None and trainer.temperature.log.grad is not None
-        partial = trainer.temperature.log.grad.clone()
-        if dist.is_initialized():
-            dist.all_reduce(partial)
-        gradients = full_tensors(engine, gradients=True)
-        outcome.gradients.append({**gradients, LOG: partial / env.world_size()})
+        outcome.gradients.append(full_tensors(engine, gradients=True))
         take_step(engine, batch, loss)
 
     trainer.guard.step = recorded  # type: ignore[method-assign]
+    log = trainer.temperature.log
+    assert log is not None
+    hook = lambda *_: outcome.gradients[-1].update({LOG: log.grad.clone()})  # noqa: E731 # type: ignore[union-attr]
+    trainer.temperature.adam.register_step_pre_hook(hook)
     steps = trainer.data.steps(STEPS)
     for step in range(STEPS):
         batch = steps[step]
         assert isinstance(batch, StepBatch) and len(batch.packs) == setting.packs
         assert [pack.counts for pack in batch.packs] != [] and sum(rows.negatives for rows in batch.rows_per_rank) > 3
         trainer.train_step(batch)
-    assert trainer.temperature.log is not None
-    outcome.weights = {**full_tensors(trainer.engine, gradients=False), LOG: trainer.temperature.log.detach().clone()}
+    outcome.weights = {**full_tensors(trainer.engine, gradients=False), LOG: log.detach().clone()}
     trainer.engine.destroy()
     return outcome
 
