@@ -1,4 +1,4 @@
-"""Every command and every Python block of the README runs, with the sizes cut down, in a copy of the repository."""
+"""Every command and every Python block of the README and the guides runs, cut down, in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from programs import REPOSITORY, Programs
 
-README = REPOSITORY / "README.md"
+README, TRAINING = REPOSITORY / "README.md", REPOSITORY / "docs" / "training.md"
 COPIED = ("launch", "tools", "ds_configs", "muco_ds")
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STARTERS = ("bash", "python", "deepspeed", "torchrun", "tensorboard")
@@ -32,9 +32,9 @@ CUT = {
 }
 
 
-def blocks() -> list[tuple[str, str]]:
-    """(language, content) of the README's blocks that a user is meant to run, in order."""
-    return BLOCK.findall(README.read_text(encoding="utf-8")) if README.is_file() else []
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """(language, content) of a document's blocks that a user is meant to run, in order."""
+    return BLOCK.findall(document.read_text(encoding="utf-8"))
 
 
 def commands(block: str) -> list[str]:
@@ -73,10 +73,9 @@ def run(command: str, copy: Path, programs: Programs) -> None:
         programs.launch(words, cwd=copy, env=environment | {"PATH": path}).check()
 
 
-@pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")
-def test_every_command_of_the_readme_runs(copy: Path, programs: Programs) -> None:
+def run_all(document: Path, copy: Path, programs: Programs) -> list[str]:
     ran = []
-    for language, content in blocks():
+    for language, content in blocks(document):
         if language == "python":
             script = copy / "readme_block.py"
             script.write_text(content)
@@ -86,15 +85,29 @@ def test_every_command_of_the_readme_runs(copy: Path, programs: Programs) -> Non
             if command not in NOT_RUN:
                 run(command, copy, programs)
             ran.append(command)
+    return ran
+
+
+def test_every_command_of_the_readme_runs(copy: Path, programs: Programs) -> None:
+    ran = run_all(README, copy, programs)
     assert ran[:2] == ["bash launch/quickstart.sh", "bash tests/run.sh"], "the two commands come first"
     assert (copy / "runs" / "demo" / "evaluation" / "results.json").is_file()
 
 
-def test_only_named_commands_are_left_out() -> None:
-    written = [command for language, content in blocks() if language == "bash" for command in commands(content)]
+def test_every_command_of_the_guide_to_training_runs(copy: Path, programs: Programs) -> None:
+    """After the README's, whose data and model they go on with."""
+    assert (copy / "runs" / "demo" / "model").is_dir(), "run the README's commands first: the whole file"
+    run_all(TRAINING, copy, programs)
+    assert (copy / "demo" / "data" / "pairs_mined.parquet").is_file()
+    assert (copy / "runs" / "demo_finetune" / "evaluation" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("document", [README, TRAINING], ids=lambda path: path.stem)
+def test_only_named_commands_are_left_out(document: Path) -> None:
+    written = [command for language, content in blocks(document) if language == "bash" for command in commands(content)]
     lines = [
         line
-        for language, content in blocks()
+        for language, content in blocks(document)
         if language == "bash"
         for line in content.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("#")
