@@ -16,19 +16,20 @@ PAIR_SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "neg_text", 
 _LOOKED_AT = 16  # rows among which a wrong answer is sought
 
 
-def write_pairs(path: Path, rows: Sequence[dict[str, Any]], seed: int) -> None:
-    """Write one pair for each M3T row of the demo, a function of the arguments alone.
+def write_pairs(path: Path, rows: Sequence[dict[str, Any]], seed: int, *, all_kinds: bool) -> None:
+    """Write one pair for each M3T row of the demo, or one of each kind, a function of the arguments alone.
 
-    Seven in eight ask one of the row's questions about its picture, with another scene's answer to the same kind of
-    question as hard negative; the others seek the picture by its caption, with another picture as hard negative.
+    Seven kinds ask one of the row's questions about its picture, with another scene's answer to the same kind of
+    question as hard negative; the eighth seeks the picture by its caption, with another picture as hard negative.
     """
     rng = random.Random(f"pairs {seed}")
-    pairs = [_pair(row, rows, rng) for row in rows]
+    kinds = len(rows[0]["pos_text"]) + 1
+    slots = [range(kinds) if all_kinds else [rng.randrange(kinds)] for _ in rows]
+    pairs = [_pair(row, slot, rows, rng) for row, chosen in zip(rows, slots, strict=True) for slot in chosen]
     pq.write_table(pa.Table.from_pylist(pairs, schema=PAIR_SCHEMA), path)
 
 
-def _pair(row: dict[str, Any], rows: Sequence[dict[str, Any]], rng: random.Random) -> dict[str, Any]:
-    slot = rng.randrange(len(row["pos_text"]) + 1)
+def _pair(row: dict[str, Any], slot: int, rows: Sequence[dict[str, Any]], rng: random.Random) -> dict[str, Any]:
     others = rng.sample(rows, min(_LOOKED_AT, len(rows)))
     if slot == len(row["pos_text"]):
         wrong = next((other["qry_image_path"] for other in others if other is not row), "")

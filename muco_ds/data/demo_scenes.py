@@ -240,15 +240,16 @@ def scene_row(scene: Scene, image_path: str, rng: random.Random) -> dict[str, An
 def write_data(data_dir: Path, train_scenes: int, test_scenes: int, seed: int) -> list[dict[str, Any]]:
     """Write `train.parquet`, `test.parquet` and `images/{train,test}/*.png` under `data_dir`; return the training rows.
 
-    `pairs_train.parquet` holds single pairs of the training scenes (`demo_pairs`). No test scene equals a training
-    scene. The same arguments give the same files.
+    `pairs_train.parquet` and `pairs_test.parquet` hold single pairs of the same scenes (`demo_pairs`). No test scene
+    equals a training scene. The same arguments give the same files.
     """
     scenes = sample_scenes(train_scenes + test_scenes, seed)
     # The test scenes come first, so that they stay the same when only the number of training scenes changes.
     splits = {"test": scenes[:test_scenes], "train": scenes[test_scenes:]}
     assert not set(splits["test"]) & set(splits["train"])
     rows = {split: _write_split(data_dir, split, part, seed) for split, part in splits.items()}
-    write_pairs(data_dir / "pairs_train.parquet", rows["train"], seed)
+    write_pairs(data_dir / "pairs_train.parquet", rows["train"], seed, all_kinds=False)
+    write_pairs(data_dir / "pairs_test.parquet", rows["test"], seed, all_kinds=True)
     return rows["train"]
 
 

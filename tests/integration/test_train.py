@@ -23,7 +23,7 @@ PROMISED_KEYS = (
     *("step", "loss", "lr", "grad_norm", "temperature", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s"),
     *("tokens_per_s", "mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "masked_frac"),
     *("same_image_frac", "same_target_frac", "false_negative_frac", "extra_positive_frac"),
-    *("in_batch_top1", "pos_sim", "hardest_neg_sim"),
+    *("in_batch_top1", "pos_sim", "hardest_neg_sim", "negatives"),
 )
 SHORT = {"run.max_steps": STEPS}
 

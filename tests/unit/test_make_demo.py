@@ -51,6 +51,17 @@ def test_rows_have_m3t_columns_and_pictures(demo: Path, split: str, count: int) 
             assert image.size == (84, 84) and image.mode == "RGB"
 
 
+def test_held_out_pairs_are_of_every_kind(demo: Path) -> None:
+    rows = pq.read_table(demo / "data" / "test.parquet").to_pylist()
+    reader = PairReader(str(demo / "data" / "pairs_test.parquet"), str(demo / "data" / "images"))
+    records = [reader.record(row) for row in range(len(reader))]
+    assert len(records) == 8 * len(rows)
+    for i, row in enumerate(rows):
+        *asked, sought = records[8 * i : 8 * i + 8]
+        assert [record.turns[0].target for record in asked] == row["pos_text"]
+        assert sought.target_images == asked[0].query_images and row["qry_sentence"] in sought.turns[0].questions[0]
+
+
 def test_pairs_are_readable_and_their_negatives_wrong(demo: Path) -> None:
     reader = PairReader(str(demo / "data" / "pairs_train.parquet"), str(demo / "data" / "images"), negatives=True)
     records = [reader.record(row) for row in range(60)]
