@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
 
@@ -123,14 +124,8 @@ def _qwen2_vl(config: PretrainedConfig) -> VisionShape:
 
 def _qwen2_5_vl(config: PretrainedConfig) -> VisionShape:
     vision = config.vision_config
-    return VisionShape(
-        width=vision.hidden_size,
-        inner=vision.intermediate_size,
-        depth=vision.depth,
-        heads=vision.num_heads,
-        out=vision.out_hidden_size,
-        merge=vision.spatial_merge_size**2,
-        pixels=_pixels(vision),
+    return _since_qwen2_5(
+        vision,
         gated=True,
         activation_tensors=4,  # SwiGLU: gate, its activation, up, their product
         window_layers=vision.depth - len(vision.fullatt_block_indexes),
@@ -140,6 +135,17 @@ def _qwen2_5_vl(config: PretrainedConfig) -> VisionShape:
 
 def _qwen3_vl(config: PretrainedConfig) -> VisionShape:
     vision = config.vision_config
+    return _since_qwen2_5(
+        vision,
+        gated=False,
+        activation_tensors=2,  # GELU: before, after
+        deep=len(vision.deepstack_visual_indexes),
+        position_taps=4,  # bilinear
+    )
+
+
+def _since_qwen2_5(vision: PretrainedConfig, **own: Any) -> VisionShape:
+    """With the sizes that go by the same names since then."""
     return VisionShape(
         width=vision.hidden_size,
         inner=vision.intermediate_size,
@@ -148,10 +154,7 @@ def _qwen3_vl(config: PretrainedConfig) -> VisionShape:
         out=vision.out_hidden_size,
         merge=vision.spatial_merge_size**2,
         pixels=_pixels(vision),
-        gated=False,
-        activation_tensors=2,  # GELU: before, after
-        deep=len(vision.deepstack_visual_indexes),
-        position_taps=4,  # bilinear
+        **own,
     )
 
 

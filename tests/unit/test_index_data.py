@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from muco_ds.config_cli import load_config
 from muco_ds.data import index as index_module
 
-from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_mixed, write_picture
+from demo import MAX_PIXELS, MIN_PIXELS, Demo, run_here, write_mixed, write_picture
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,15 +25,6 @@ TOOL = ROOT / "tools" / "index_data.py"
 def run_tool(*args: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, TOOL, *args], env=env, capture_output=True, text=True, timeout=120)
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
-    """As `run_tool`, without the seconds that imports take."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert isinstance(exit_info.value.code, int)
-    return exit_info.value.code
 
 
 def test_report_and_index(
@@ -71,12 +61,12 @@ def test_report_and_index(
 
     write_picture(images / "3.png", 60, 60)
     capsys.readouterr()
-    assert run_here(monkeypatch, "--config", str(recipe)) == 0
+    assert run_here(monkeypatch, TOOL, "--config", str(recipe)) == 0
     assert f"usable {len(index)}," in capsys.readouterr().out  # a mended picture is not noticed by itself
-    assert run_here(monkeypatch, "--config", str(recipe), "--rebuild") == 0
+    assert run_here(monkeypatch, TOOL, "--config", str(recipe), "--rebuild") == 0
     again = capsys.readouterr().out
     assert "usable 40, bad 0" in again and "fits batch.pack_tokens=16384" in again
 
-    assert run_here(monkeypatch, "--config", str(recipe), "--data.train", str(tmp_path / "absent.parquet")) == 2
+    assert run_here(monkeypatch, TOOL, "--config", str(recipe), "--data.train", str(tmp_path / "absent.parquet")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: data.train: no such file") and error.count("\n") == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,24 +9,16 @@ import pytest
 
 from muco_ds.data.readers import M3TReader, PairReader
 
-from demo import Demo, row, write_rows
+from demo import Demo, row, run_here, write_rows
 
 TOOL = Path(__file__).parents[2] / "tools" / "split_turns.py"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert isinstance(exit_info.value.code, int)
-    return exit_info.value.code
 
 
 def test_every_turn_becomes_a_pair_of_the_row_s_picture(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "pairs.parquet"
-    assert run(monkeypatch, "--data", demo.train, "--images", demo.images, "--output", output) == 0
+    assert run_here(monkeypatch, TOOL, "--data", demo.train, "--images", demo.images, "--output", output) == 0
     before, after = M3TReader(str(demo.train), str(demo.images)), PairReader(str(output), str(demo.images))
     records = [before.record(i) for i in range(len(before))]
     pairs = [after.record(i) for i in range(len(after))]
@@ -48,15 +38,15 @@ def test_bad_rows_are_named_and_left_out_and_nothing_is_half_written(
     good, bad, two = ({**row([["a?"]], answers), "qry_image_path": [""]} for answers in (["b"], ["b", "c"], ["b"]))
     two["qry_image_path"] = ["x.png", "y.png"]
     data, output = write_rows(tmp_path / "rows.parquet", [good, bad, two]), tmp_path / "p.parquet"
-    assert run(monkeypatch, "--data", data, "--images", tmp_path, "--output", output) == 0
+    assert run_here(monkeypatch, TOOL, "--data", data, "--images", tmp_path, "--output", output) == 0
     out = capsys.readouterr().out
     assert "row 1: qry has 1 turns but pos_text has 2" in out and "row 2: qry_image_path holds 2 pictures" in out
     assert pq.read_table(output).num_rows == 1
-    assert run(monkeypatch, "--data", data, "--images", tmp_path, "--output", output) == 2
+    assert run_here(monkeypatch, TOOL, "--data", data, "--images", tmp_path, "--output", output) == 2
     assert "give --overwrite" in capsys.readouterr().err
     only_bad = write_rows(tmp_path / "bad.parquet", [bad])
     arguments = ("--data", only_bad, "--images", tmp_path, "--output", output, "--overwrite")
-    assert run(monkeypatch, *arguments) == 2
+    assert run_here(monkeypatch, TOOL, *arguments) == 2
     assert "no usable row; row 0: qry has 1 turns" in capsys.readouterr().err
     assert pq.read_table(output).num_rows == 1, "the earlier file is as it was"
     assert not list(tmp_path.glob(".p.parquet*"))
