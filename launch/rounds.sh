@@ -10,8 +10,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 [ $# -ge 3 ] && [[ "$3" =~ ^[1-9][0-9]*$ ]] || fail "usage: bash launch/rounds.sh MODEL RECIPE ROUNDS [--section.key value ...]"
 model="$1" recipe="$2" rounds="$3"
+asked="$1 $2 ${*:4} MINE=${MINE:-}"
 shift 3
-make_environment
+# Whoever has what mining needs is not given the tests' environment.
+python -c 'import muco_ds, faiss' 2>/dev/null || make_environment
 choose_ranks
 read -ra mining <<<"${MINE:-}"
 
@@ -32,6 +34,10 @@ with exit_on_user_error():
 PYTHON
 )"
 eval "$settings"
+made="$folder/${name}_rounds.txt"
+[ ! -e "$made" ] || [ "$(cat "$made")" = "$asked" ] ||
+    fail "$made: the rounds here were made with other arguments ($(cat "$made")): give those, or another run.name"
+mkdir -p "$folder" && echo "$asked" >"$made"
 
 step() { printf '\n== %s\n' "$*"; }
 

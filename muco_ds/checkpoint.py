@@ -110,9 +110,23 @@ def load_files(engine: Any, folder: Path, *, frozen: bool = True) -> None:
     Raises:
         UserError: there are none.
     """
-    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=frozen)
+    with _own_hyperparameters(engine):
+        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=frozen)
     if loaded is None:  # DeepSpeed only warns, and the run would start from the first weights again
         raise UserError(f"{folder}: DeepSpeed can't load it: remove it to resume from an older one")
+
+
+@contextmanager
+def _own_hyperparameters(engine: Any) -> Iterator[None]:
+    """Keep what the parameter groups were configured with: learning rates may change when a run goes on.
+
+    DeepSpeed's universal load under ZeRO-3 would also give all groups those of the first, weight decay among them.
+    """
+    groups = engine.optimizer.param_groups
+    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    yield
+    for group, values in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 def seal(work: Path, final: Path, manifest: dict) -> None:

@@ -325,7 +325,8 @@ def validate(config: RunConfig) -> None:
     check_sizes(config.loss.matryoshka or [], "loss.matryoshka")
     config.temperature.check(config.loss.temperature)
     check_curriculum(config.curriculum, config.task)
-    check_task(config.task, config.prompts, masks=config.loss.mask_same_image or config.loss.same_target != "keep")
+    same = {name: getattr(config.loss, name) for name in ("same_target", "mask_same_image")}
+    check_task(config.task, config.prompts, **same)
     if run.precision == "fp32" and config.model.attention in ("flash_attn", "varlen"):
         raise UserError(f"model.attention={config.model.attention} needs run.precision=bf16: set model.attention=auto")
     if data.min_pixels > data.max_pixels:

@@ -34,9 +34,12 @@ class CurriculumOptions:
 
 def check_curriculum(curriculum: CurriculumOptions, task: TaskOptions) -> None:
     """Raises UserError, naming the keys, their values and the cure, where the way to the task is none."""
+    starts = [name for name in ("turns", "negatives") if getattr(curriculum, name) is not None]
     if curriculum.steps == 0:
+        if starts:
+            raise UserError(f"curriculum.{starts[0]} is set but curriculum.steps is 0: set the steps, or it to null")
         return
-    if curriculum.turns is None and curriculum.negatives is None:
+    if not starts:
         raise UserError(
             f"curriculum.steps is {curriculum.steps} but curriculum.turns and curriculum.negatives are null: set where "
             "to start, or steps to 0"

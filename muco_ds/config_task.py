@@ -53,11 +53,11 @@ class PromptOptions:
     )
 
 
-def check_task(task: TaskOptions, prompts: PromptOptions, *, masks: bool) -> None:
+def check_task(task: TaskOptions, prompts: PromptOptions, *, same_target: str, mask_same_image: bool) -> None:
     """The keys of one stage mean nothing to another.
 
     Args:
-        masks: some mask of the loss is on.
+        same_target, mask_same_image: those of the loss.
     Raises:
         UserError: naming the keys, their values and the cure.
     """
@@ -82,7 +82,13 @@ def check_task(task: TaskOptions, prompts: PromptOptions, *, masks: bool) -> Non
             )
     if task.compound == "separate" and not task.reconstruct:
         raise UserError("task.compound is separate but task.reconstruct is false: set the second to true")
-    if task.reconstruct and task.compound == "joint" and not masks:
+    joint = task.reconstruct and task.compound == "joint"
+    if joint and same_target == "positive":
+        raise UserError(
+            "task.compound is joint but loss.same_target is positive, by which the counterpart of each positive would "
+            "be one as well: set loss.same_target=mask, or task.compound=separate"
+        )
+    if joint and same_target == "keep" and not mask_same_image:
         raise UserError(
             "task.compound is joint but loss.mask_same_image is false and loss.same_target is keep: change one, or "
             "the counterpart of each positive would be its negative"

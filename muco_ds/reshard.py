@@ -15,10 +15,10 @@ import logging
 import shutil
 import signal
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -98,22 +98,11 @@ def load_universal(engine: Any, checkpoint: Path) -> None:
 
     Weights that are not trained keep what they were built with: DeepSpeed restores what its optimizer holds.
     """
-    with _own_hyperparameters(engine):
-        load_files(engine, checkpoint / UNIVERSAL)  # what is not trained is not looked for
+    load_files(engine, checkpoint / UNIVERSAL)  # what is not trained is not looked for
     for parameter, state in engine.optimizer.optimizer.state.items():
         # DeepSpeed's ZeRO-3 hands one tensor to all groups, each of which would count it up once a step, and leaves it
         # on the CPU, where a fused optimizer on a GPU can't have it.
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(parameter.device, copy=True)
-
-
-@contextmanager
-def _own_hyperparameters(engine: Any) -> Iterator[None]:
-    """DeepSpeed's ZeRO-3 gives every parameter group the hyperparameters, weight decay among them, of the first."""
-    groups = engine.optimizer.param_groups
-    own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    yield
-    for group, values in zip(groups, own, strict=True):
-        group.update(values)
 
 
 def _fingerprint(checkpoint: Path) -> str:

@@ -141,7 +141,15 @@ def describe_base(model: ModelOptions) -> str | None:
 def describe_data(index: Index) -> dict[str, Any]:
     """Number and digest of the training rows: the plan gives the same examples only over the same rows."""
     digest = hashlib.blake2b(digest_size=16)
-    for values in (index.samples["row"], index.turns["target_hash"], index.negatives["target_hash"]):
+    turns_S = np.diff(index.samples["turn_end"], prepend=0)
+    pictured_N = np.repeat(index.samples["target_images"] > 0, turns_S)
+    # A picture's path holds its folder, which may move; what else is known of those targets are their sizes.
+    hashes = (
+        np.where(pictured_N, 0, index.turns["target_hash"]),
+        np.where(index.negatives["images"] > 0, 0, index.negatives["target_hash"]),
+    )
+    sizes = (index.turns["target_tokens"], index.negatives["tokens"], index.question_tokens, index.word_tokens)
+    for values in (index.samples["row"], *hashes, *sizes):
         for start in range(0, len(values), 2**20):
             digest.update(np.ascontiguousarray(values[start : start + 2**20]).tobytes())
     return {"rows": len(index), "digest": digest.hexdigest()}

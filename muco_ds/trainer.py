@@ -63,8 +63,9 @@ class Trainer:
         self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
         self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
         self.temperature = Temperature(config.temperature, config.loss.temperature, device)
-        # Beside an adapter the weights stay those of model.path.
-        frozen, self.base = config.model.lora.rank == 0, describe_base(config.model)
+        with env.agreement():
+            self.base = describe_base(config.model)
+        frozen = config.model.lora.rank == 0  # beside an adapter the weights stay those of model.path
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, frozen=frozen)
         start = self._find_start()
         universal = start is not None and start.universal

@@ -54,6 +54,8 @@ def check(args: argparse.Namespace) -> Rule:
     if args.depth < args.negatives + args.skip + 1:
         at_least = args.negatives + args.skip + 1
         raise UserError(f"--depth {args.depth}: give at least {at_least}, for --negatives, --skip and the own target")
+    if not args.max_share >= 0:
+        raise UserError(f"--max_share {args.max_share}: give a number of at least 0, or inf for no limit")
     if args.output.suffix != ".parquet" or args.output.is_dir():
         raise UserError(f"--output: '{args.output}' is no name of a parquet file: end it in .parquet")
     if args.output.exists() and not args.overwrite:

@@ -4,7 +4,8 @@
     python tools/split_turns.py --data M3T.parquet --output PAIRS.parquet [--images DIR]
 
 writes a pair for each turn of each row, with one of the question's paraphrases, the row's pictures and its
-qry_sentence, in the columns of MMEB-train. Rows that can't be used are counted and left out.
+qry_sentence, in the columns of MMEB-train; negatives are left out (tools/mine_negatives.py finds some). Rows that can't
+be used are counted and left out.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from muco_ds.data.readers import M3TReader, RowError
+from muco_ds.data.readers import IMAGE_MARK, M3TReader, RowError, caption_of
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.mining.columns import replacing
 
 COLUMNS = ("qry", "qry_image_path", "qry_sentence", "pos_text", "pos_image_path", "pos_sentence")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
-IMAGE_MARK = "<|image_1|>\n"
 SHOWN_BAD_ROWS = 5
 
 
@@ -33,13 +33,12 @@ def pairs_of(reader: M3TReader, row: int, data: dict[str, Any]) -> Iterator[dict
     """The pairs of a row. Raises RowError when it can't be used."""
     record = reader.record(row)
     query_path, target_path = _path(data, "qry_image_path"), _path(data, "pos_image_path")
-    caption = data.get("qry_sentence")
     for place, turn in enumerate(record.turns):
         question = turn.questions[(row + place) % len(turn.questions)]
         yield {
             "qry": IMAGE_MARK * bool(query_path) + question,
             "qry_image_path": query_path,
-            "qry_sentence": caption if isinstance(caption, str) else "",
+            "qry_sentence": caption_of(data.get("qry_sentence")),
             "pos_text": IMAGE_MARK * bool(target_path) + turn.target,
             "pos_image_path": target_path,
             "pos_sentence": "",

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-IMAGE_MARK = "<|image_1|>\n"
+from muco_ds.data.readers import IMAGE_MARK
+
 COLUMNS = ("qry", "qry_image_path", "qry_sentence", "pos_text", "pos_image_path", "pos_sentence")
 PAIR_SCHEMA = pa.schema([(name, pa.string()) for name in (*COLUMNS, "neg_text", "neg_image_path")])
 _LOOKED_AT = 16  # rows among which a wrong answer is sought

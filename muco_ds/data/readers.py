@@ -20,6 +20,8 @@ from muco_ds.data.schema import TURNS_PER_SAMPLE, Negative, Record, RecordTurn
 from muco_ds.errors import UserError
 
 _IMAGE_MARKER = re.compile(r"<\|image_\d+\|>\n?")
+IMAGE_MARK = "<|image_1|>\n"
+"""How rows mark a picture; readers put pictures first, marked or not."""
 """M3T's picture placeholder. Pictures always come first here, so the marker is only removed."""
 
 _CONVERTED_ROWS = 1000
@@ -125,7 +127,7 @@ class M3TReader:
         return tuple(negatives)
 
     def _paths(self, value: Any) -> tuple[str, ...]:
-        names = [value] if isinstance(value, str) else list(value or [])
+        names = _strings(value, "a picture path")
         # Links are the user's own and may lead anywhere; '../' and '/' in a row must not.
         paths = tuple(os.path.normpath(os.path.join(self.images, name)) for name in names if name)
         for path in paths:
@@ -144,12 +146,21 @@ class PairReader(M3TReader):
         record = super()._record(row, data)
         if len(record.turns) != 1 or len(record.turns[0].questions) != 1:
             raise RowError(f"{len(record.turns)} turns, or paraphrases: fine-tuning takes single pairs")
-        return replace(record, captions=(_caption(data.get("qry_sentence")), _caption(data.get("pos_sentence"))))
+        return replace(record, captions=(caption_of(data.get("qry_sentence")), caption_of(data.get("pos_sentence"))))
 
 
-def _caption(value: Any) -> str:
+def caption_of(value: Any) -> str:
+    """The caption in a column that holds one, or a list of them; '' where there is none."""
     first = value[0] if isinstance(value, list) and value else value
     return _clean(first) if isinstance(first, str) else ""
+
+
+def _strings(value: Any, what: str) -> list[str]:
+    """A column's one text or its list of them. Raises RowError for anything else."""
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(text, str | None) for text in texts):
+        raise RowError(f"{value!r} is not {what} or a list of them")
+    return [text or "" for text in texts]
 
 
 def _clean(text: str) -> str:
@@ -169,6 +180,8 @@ def _listed(value: Any, column: str) -> list[str]:
                 f"{column} is a list literal that does not parse: {textwrap.shorten(literal, 60)}"
             ) from error
     texts: list[str] = []
+    if value is not None and not isinstance(value, list | tuple):
+        raise RowError(f"{column} holds {value!r}: it may hold texts only")
     for item in value or []:
         if isinstance(item, list | tuple):  # a list for each turn
             texts += _listed(item, column)

@@ -14,11 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from muco_ds.data.index import stable_hash, target_hash
-from muco_ds.data.readers import M3TReader, RowError
+from muco_ds.data.readers import IMAGE_MARK, M3TReader, RowError
 from muco_ds.data.schema import Dialogue
 from muco_ds.errors import UserError
-
-IMAGE_MARK = "<|image_1|>\n"
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Turns:
     reader: M3TReader
     row_N: np.ndarray  # int64
     place_N: np.ndarray  # int64: within the row
-    query_N: np.ndarray  # int64: hash of the question and its pictures
+    query_N: np.ndarray  # int64: hash of the question's pictures, or of its text where there are none
     target_N: np.ndarray  # int64: target hash
     writable_N: np.ndarray  # bool: columns of negatives have room for one picture each
     bad_rows: dict[int, str]
@@ -45,8 +43,10 @@ class Turns:
             except RowError as error:
                 bad_rows[row] = str(error)
                 continue
+            pictures = "\n".join(record.query_images)
             for place, turn in enumerate(record.turns):
-                asked = stable_hash("\n".join((turn.questions[0].casefold(), *record.query_images)))
+                # What answers another question about the picture is masked in the batch (same image) and no negative.
+                asked = stable_hash(pictures or turn.questions[0].casefold())
                 answer = target_hash(turn.target, record.target_images)
                 columns.append((row, place, asked, answer, len(record.target_images) < 2))
             if len(columns) >= 65536:  # as tuples they take ten times the memory

@@ -50,7 +50,7 @@ class Asked:
     """Queries and what is known of them; a row's queries follow each other."""
 
     row_Q: np.ndarray  # int64, ascending: which row, 0 .. R - 1
-    query_Q: np.ndarray  # int64: equal for equal queries, whose targets are all right
+    query_Q: np.ndarray  # int64: equal for queries about one picture, or of equal text: none's target is wrong
     answer_Q: np.ndarray  # int64: own target
     usable_Q: np.ndarray  # bool
     usable_C: np.ndarray  # bool: may become a negative
@@ -66,7 +66,7 @@ class Mined:
 
     negatives_Rn: np.ndarray
     looked_at: int = 0
-    right: int = 0  # own targets, of the row or of an equal query
+    right: int = 0  # targets of the row, or of a query that counts as equal
     skipped: int = 0
     too_near: int = 0
     positive_sum: float = 0.0
@@ -153,13 +153,13 @@ class _Known:
         return cls(targets, asked.row_Q, group_Q, *keys)
 
     def right(self, block: slice, index_Qk: np.ndarray) -> np.ndarray:
-        """Whether each candidate is a target of the query's row, or of an equal query: bool [Q, k]."""
+        """Whether each candidate is a target of the query's row, or of a query that counts as equal: bool [Q, k]."""
         owners = (self.row_Q[block], self.of_rows), (self.group_Q[block], self.of_queries)
         found = [_member(owner_Q[:, None] * self.targets + index_Qk, keys) for owner_Q, keys in owners]
         return found[0] | found[1]
 
     def right_for_row(self, row_M: np.ndarray, index_M: np.ndarray) -> np.ndarray:
-        """Whether each candidate is a target of a query that equals one of the row's: bool [M]."""
+        """Whether each candidate is a target of a query that counts as equal to one of the row's: bool [M]."""
         first_M = np.searchsorted(self.row_Q, row_M)
         owner, _, query = ragged(first_M, np.searchsorted(self.row_Q, row_M, side="right") - first_M)
         right = _member(self.group_Q[query] * self.targets + index_M[owner], self.of_queries)

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from muco_ds.config_lora import LoraOptions
+from muco_ds.errors import UserError
 from muco_ds.models.backbones import gathered, tensor_files
 
 if TYPE_CHECKING:
@@ -105,14 +106,21 @@ def adapter_sizes(layer: nn.Linear, options: LoraOptions) -> list[int]:
 
 
 def base_digest(path: str) -> str:
-    """What tells a backbone's weights from another's: names, shapes, and the first row of each."""
+    """What tells a backbone's weights from another's: names, shapes, and the first row of each.
+
+    Raises:
+        UserError: a file of them is missing or damaged.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted({file for _, file in tensor_files(path)}):
-        with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                part = tensors.get_slice(name)
-                digest.update(f"{name}{part.get_shape()}".encode())
-                digest.update(part[:1].float().numpy().tobytes())
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in sorted(tensors.keys()):
+                    part = tensors.get_slice(name)
+                    digest.update(f"{name}{part.get_shape()}".encode())
+                    digest.update(part[:1].float().numpy().tobytes())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]}): copy the model again") from error
     return digest.hexdigest()
 
 

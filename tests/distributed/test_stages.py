@@ -55,6 +55,8 @@ class Case:
     pack_tokens: int = 10**5
     exchange: str = "gather"
     sizes: tuple[int, ...] = ()
+    same_target: str = "mask"
+    margin: float | None = None
     curriculum: CurriculumOptions = field(default_factory=CurriculumOptions)
 
 
@@ -77,6 +79,11 @@ CASES = {
     "joint, sizes, ring": Case(JOINT, exchange="ring", sizes=(8, 96)),
     "separate, symmetric, sizes": Case(replace(JOINT, compound="separate"), symmetric=True, sizes=(8,)),
     "no reconstruction": Case(TaskOptions(name="finetune", negatives=3), pack_tokens=300),
+    "muco, equal targets are positives, a margin": Case(MUCO, same_target="positive", margin=0.05),
+    "joint, a margin, sizes": Case(JOINT, margin=0.05, sizes=(32,)),
+    "separate, equal targets are positives, symmetric, packs": Case(
+        replace(JOINT, compound="separate"), symmetric=True, pack_tokens=500, same_target="positive", margin=0.02
+    ),
 }
 
 
@@ -144,6 +151,8 @@ def run_config(folder: Path, case: Case) -> RunConfig:
             symmetric=case.symmetric,
             key_exchange=case.exchange,  # type: ignore[arg-type]
             matryoshka=list(case.sizes) or None,
+            same_target=case.same_target,  # type: ignore[arg-type]
+            false_negative_margin=case.margin,
         ),
     )
 
@@ -257,34 +266,35 @@ def keys_of(data: Data, stock: Stock, rows: list[dict[str, Any]]) -> tuple[list[
     return sides
 
 
-def one_way(rows: list[Key], keys: list[Key], others: list[Key], forms: int, joint: bool) -> torch.Tensor:
+def one_way(case: Case, rows: list[Key], keys: list[Key], others: list[Key]) -> torch.Tensor:
     """Sum over the forms of the rows and of the keys of the mean loss, written out."""
+    forms, joint = (2 if case.task.reconstruct else 1), case.task.compound == "joint"
     total = torch.zeros((), dtype=torch.float64)
     for row in rows:
         for form in range(forms):
-            positive, denominator = None, torch.zeros((), dtype=torch.float64)
-            for key in [*keys, *others]:
-                e = torch.exp(row.emb_D @ key.emb_D / TEMPERATURE)
-                if key.pair == row.pair and key.form == form:
-                    positive = e
+            ours = [key for key in [*keys, *others] if joint or key.pair is None or key.form == form]
+            (own,) = (key for key in ours if key.pair == row.pair and key.form == form)
+            limit = 2.0 if case.margin is None else float(row.emb_D @ own.emb_D) + case.margin
+            positives, all_logits = [], []
+            for key in ours:
+                similarity = row.emb_D @ key.emb_D
+                same_target = key.target == row.target
+                if key is own or (same_target and case.same_target == "positive"):
+                    positives.append(similarity / TEMPERATURE)
                 elif (
-                    key.image == row.image
-                    or key.target == row.target
-                    or (key.pair is not None and not joint and key.form != form)
+                    key.image == row.image or (same_target and case.same_target == "mask") or float(similarity) > limit
                 ):
                     continue
-                denominator = denominator + e
-            assert positive is not None
-            total = total - torch.log(positive / denominator)
+                all_logits.append(similarity / TEMPERATURE)
+            total = total + torch.stack(all_logits).logsumexp(0) - sum(positives) / len(positives)
     return total / (len(rows) / forms)
 
 
 def loss_of(case: Case, queries: list[Key], targets: list[Key], negatives: list[Key]) -> torch.Tensor:
     """Of the embeddings as they are."""
-    forms, joint = (2 if case.task.reconstruct else 1), case.task.compound == "joint"
-    loss = one_way(queries, targets, negatives, forms, joint)
+    loss = one_way(case, queries, targets, negatives)
     if case.symmetric:
-        loss = (loss + one_way(targets, queries, [], forms, joint)) / 2
+        loss = (loss + one_way(case, targets, queries, [])) / 2
     return loss
 
 

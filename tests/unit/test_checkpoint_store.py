@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ class Engine:
 
     def __init__(self, state: int = 0, fail: Exception | None = None) -> None:
         self.state, self.fail = state, fail
+        self.optimizer = SimpleNamespace(
+            param_groups=[{"params": [], "lr_ratio": 1.0}, {"params": [], "lr_ratio": 0.1}]
+        )
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
         assert not save_latest, "DeepSpeed's own pointer would not be atomic"
@@ -34,6 +38,7 @@ class Engine:
         (shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("m" * 1000)
 
     def load_checkpoint(self, folder: str, tag: str, load_module_strict: bool) -> tuple[str | None, dict[str, Any]]:
+        self.optimizer.param_groups = [{"params": [], "lr_ratio": 1.0}, {"params": [], "lr_ratio": 0.5}]  # as saved
         file = Path(folder, tag, "zero_pp_rank_0_mp_rank_00_model_states.pt")
         if not file.exists():
             return None, {}
@@ -70,6 +75,7 @@ def test_a_saved_checkpoint_is_complete_and_loads(store: Checkpoints) -> None:
     load_files(engine, path)
     assert read_meta(path) == {"step": 100, **META}
     assert engine.state == 7
+    assert [group["lr_ratio"] for group in engine.optimizer.param_groups] == [1.0, 0.1], "this run's, not the saved"
 
 
 def test_the_newest_are_kept_and_latest_points_at_the_last(store: Checkpoints) -> None:

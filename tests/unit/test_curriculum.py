@@ -293,7 +293,7 @@ def test_the_section_is_read_saved_and_built(demo: Demo, tmp_path: Path) -> None
 
 
 def test_no_section_is_every_turn_from_the_start(demo: Demo, tmp_path: Path) -> None:
-    stage = build_data(config_of(demo, tmp_path, "--curriculum.turns", "2", "--task.turns", "6"), 1).plan.stage
+    stage = build_data(config_of(demo, tmp_path, "--task.turns", "6"), 1).plan.stage
     assert isinstance(stage, MuCoStage) and stage.turns.at(0) == 6
     stage = build_data(config_of(demo, tmp_path), 1).plan.stage
     assert isinstance(stage, MuCoStage) and stage.turns == Limit(TURNS_PER_SAMPLE)
@@ -306,6 +306,7 @@ FINETUNE = ["--task.name", "finetune"]
 @pytest.mark.parametrize(
     "argv, named",
     [
+        (["--curriculum.turns", "2", "--task.turns", "6"], ["curriculum.turns", "curriculum.steps is 0"]),
         (["--task.turns", "0"], ["task.turns", "0"]),
         (["--task.turn_weights", "{1: -2}"], ["task.turn_weights", "{1: -2.0}"]),
         (["--task.turn_weights", "{-1: 2}"], ["task.turn_weights", "{-1: 2.0}"]),

@@ -293,6 +293,7 @@ def test_the_stage_is_configured_by_name() -> None:
             [*FINETUNE, "--loss.mask_same_image", "false", "--loss.same_target", "keep"],
             ["task.compound", "loss.mask_same_image"],
         ),
+        ([*FINETUNE, "--loss.same_target", "positive"], ["task.compound", "loss.same_target"]),
         ([*FINETUNE, "--prompts.after_query", "nothing"], ["prompts.after_query", "{counterpart}"]),
         (["--task.negatives", "-1"], ["task.negatives", "-1"]),
     ],
