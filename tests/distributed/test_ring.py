@@ -100,9 +100,11 @@ def test_ring_equals_the_gathered_loss(name: str) -> None:
     seen: dict[str, float] = {}
     for rank, found in enumerate(run_distributed(both_forms, len(split), split)):
         for case, ring, gathered in found:
-            tolerance = 1e-12 if "float64" in case else 1e-5 if "float32" in case else 1e-2
             assert ring.keys() == gathered.keys()
             for output, want in gathered.items():
+                tolerance = 1e-12 if "float64" in case else 1e-6 if "float32" in case else 1e-2
+                if output == "grad_temperature":  # one sum over all entries, whose terms cancel
+                    tolerance = max(tolerance, 1e-5 * ("float64" not in case))
                 torch.testing.assert_close(
                     ring[output],
                     want,
