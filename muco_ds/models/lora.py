@@ -112,15 +112,16 @@ def base_digest(path: str) -> str:
         UserError: a file of them is missing or damaged.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted({file for _, file in tensor_files(path)}):
-        try:
+    try:
+        for file in sorted({file for _, file in tensor_files(path)}):
             with safe_open(file, framework="pt") as tensors:
                 for name in sorted(tensors.keys()):
                     part = tensors.get_slice(name)
                     digest.update(f"{name}{part.get_shape()}".encode())
                     digest.update(part[:1].float().numpy().tobytes())
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]}): copy the model again") from error
+    except (OSError, SafetensorError) as error:
+        problem = f"model.path: the weights in '{path}' can't be read ({str(error).splitlines()[0]})"
+        raise UserError(f"{problem}: copy the model again") from error
     return digest.hexdigest()
 
 

@@ -149,6 +149,13 @@ def test_another_model_has_another_digest() -> None:
     assert first != second and first == base_digest(str(model_folder(KINDS[0])))
 
 
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    shutil.copytree(model_folder("qwen2_vl"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="the weights in .*model. can't be read .*: copy the model again"):
+        base_digest(str(tmp_path / "model"))
+
+
 def test_without_spare_rows_the_trained_ones_come_behind(tmp_path: Path) -> None:
     """The table of the merged model; a folder for peft, which adds no rows, is refused."""
     folder = tmp_path / "model"

@@ -63,6 +63,8 @@ def test_every_spelling_is_read(tmp_path: Path, neg_text: Any, neg_image_path: A
         ("[__import__('os')]", None, "neg_text is a list literal that does not parse"),
         ("[1, 2]", None, "neg_text holds 1"),
         (["a"], ["../x.png"], "leaves data.images"),
+        (7, None, "neg_text holds 7"),
+        (["a"], 7, "neg_image_path holds 7"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path: Path, neg_text: Any, neg_image_path: Any, reason: str) -> None:
