@@ -152,7 +152,7 @@ def test_another_model_has_another_digest() -> None:
 def test_damaged_weights_are_named(tmp_path: Path) -> None:
     shutil.copytree(model_folder("qwen2_vl"), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(UserError, match="the weights in .*model. can't be read .*: copy the model again"):
+    with pytest.raises(UserError, match=r"the weights in .*model. can't be read .*: copy the model again"):
         base_digest(str(tmp_path / "model"))
 
 
