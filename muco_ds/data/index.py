@@ -32,7 +32,7 @@ from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 
-VERSION = 6
+VERSION = 7
 CHUNK_ROWS = 256
 _VISIBLE_WITHIN_S = 60.0  # network file systems may show a new folder late
 
@@ -48,6 +48,7 @@ SAMPLE = np.dtype(
         ("query_image_tokens", "i4"),
         ("target_images", "i4"),
         ("target_image_tokens", "i4"),
+        ("context_tokens", "i4"),  # of `Record.context`
         ("patches", "i8"),  # vision tower input, both sides
         ("patches_squared", "i8"),  # sum over pictures of patches^2: the vision tower's attention
     ]
@@ -199,7 +200,7 @@ class Indexer:
         query, target = (self._pictures(paths) for paths in (record.query_images, record.target_images))
         pictures = [self._pictures(negative.images, "negative ") for negative in record.negatives]
         texts = [text for turn in record.turns for text in (*turn.questions, turn.target)]
-        texts += [negative.text for negative in record.negatives]
+        texts += [*(negative.text for negative in record.negatives), record.context]
         tokens = iter([len(ids) for ids in self.template.encode_texts(texts)])
         for turn in record.turns:
             rows_of["questions"] += [next(tokens) for _ in turn.questions]
@@ -213,7 +214,7 @@ class Indexer:
             word_ends.append(len(rows_of["words"]))
         ends = len(rows_of["turns"]), len(rows_of["negatives"]), *word_ends
         patches = (query[2] + target[2], query[3] + target[3])
-        rows_of["samples"].append((row, *ends, image_id(record), *query[:2], *target[:2], *patches))
+        rows_of["samples"].append((row, *ends, image_id(record), *query[:2], *target[:2], next(tokens), *patches))
 
     def _pictures(self, paths: Sequence[str], whose: str = "") -> tuple[int, int, int, int]:
         """Number, tokens, patches and sum of squared patches of some pictures."""

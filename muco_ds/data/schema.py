@@ -71,6 +71,7 @@ class Record:
     """One row of a data set before anything is drawn. Image paths are absolute.
 
     `captions`: of the query's and of the target's pictures, '' = none; None where the reader reads none.
+    `context`: text that belongs to the query's pictures, or stands in their place, in a conversation about them.
     """
 
     row: int
@@ -79,6 +80,7 @@ class Record:
     target_images: tuple[str, ...] = ()
     negatives: tuple[Negative, ...] = ()
     captions: tuple[str, str] | None = None
+    context: str = ""
 
     @property
     def lacks_caption(self) -> bool:
