@@ -1,8 +1,8 @@
 """Model FLOPs of both towers: the plan balances ranks on them and MFU is reported against them.
 
 Counted: matrix products of the vision tower, its mergers and the text layers, and attention over the pairs that are
-really attended (causal halves it). Not counted: the embedding table, the unused vocabulary head, recomputation, DoRA's
-lengths of rows.
+really attended (causal halves it), and the vocabulary head on the rows that it predicts from. Not counted: the embedding
+table, recomputation, DoRA's lengths of rows.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ class FlopsModel:
     adapter: bool = False
     adapter_per_token: float = 0.0
     adapter_per_patch: float = 0.0
+    per_predicted: float = 0.0
+    train_head: bool = False
 
     @classmethod
     def from_config(
-        cls, config: PretrainedConfig, *, train_vision: bool, lora: LoraOptions | None = None
+        cls, config: PretrainedConfig, *, train_vision: bool, lora: LoraOptions | None = None, train_head: bool = False
     ) -> FlopsModel:
         """From the configuration of a supported backbone."""
         rank = 0 if lora is None else lora.rank
@@ -63,16 +65,20 @@ class FlopsModel:
             adapter=rank > 0,
             adapter_per_token=2.0 * rank * _ends(text.linears) * text.layers,
             adapter_per_patch=2.0 * rank * _vision_ends(vision) if train_vision else 0.0,
+            per_predicted=2.0 * text.hidden * config.text_config.vocab_size,
+            train_head=train_head,
         )
 
-    def training(self, tokens, token_pairs, patches, patch_pairs):  # type: ignore[no-untyped-def]
+    def training(self, tokens, token_pairs, patches, patch_pairs, predicted=0):  # type: ignore[no-untyped-def]
         """FLOPs of forward and backward; numbers or arrays.
 
         A frozen vision tower has no backward. Beside an adapter a linear layer has no gradient of its weight.
+        `predicted`: tokens that the vocabulary head predicts.
         """
         linear = 2.0 if self.adapter else 3.0
         text = linear * self.per_token * tokens + 3.0 * self.per_token_pair * token_pairs
         text = text + 3.0 * self.adapter_per_token * tokens
+        text = text + (3.0 if self.train_head else 2.0) * self.per_predicted * predicted
         if not self.train_vision:
             return text + self.per_patch * patches + self.per_patch_pair * patch_pairs
         vision = linear * self.per_patch * patches + 3.0 * self.per_patch_pair * patch_pairs

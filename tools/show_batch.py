@@ -34,7 +34,7 @@ def main() -> int:
     sides = data.collator.sides(samples[: options.examples], passes[: options.examples], options.step)
     batch = data.packer.pack(sides, replace_broken=True)
     batch_picture(batch, sides, data.packer.template).save(options.output)
-    pairs = batch.counts.queries // data.plan.stage.forms
+    pairs = data.plan.costs(samples[: options.examples], passes[: options.examples], options.step).pairs_B.sum()
     print(f"{options.output}: {batch.tokens} tokens, {pairs} pairs, {batch.patches} patches")
     return 0
 

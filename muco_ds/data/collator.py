@@ -7,19 +7,26 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from muco_ds.data.compression import ConversationTemplate
 from muco_ds.data.images import ImageError, ImagePipeline, Patches
 from muco_ds.data.readers import RowError
-from muco_ds.data.schema import QUERY, Dialogue, PackedBatch, RowCounts, Side
+from muco_ds.data.schema import QUERY, Conversation, Dialogue, PackedBatch, RowCounts, Side, Turn
 from muco_ds.data.segments import SegmentBuilder
 from muco_ds.data.stages.base import Stage
-from muco_ds.data.templates import ChatTemplate
+from muco_ds.data.templates import ChatTemplate, Grid, Rendered
 
 
 class Packer:
-    """Renders dialogues into one row. Shared by training, validation and inference, so they can't drift apart."""
+    """Renders dialogues into one row. Shared by training, validation and inference, so they can't drift apart.
 
-    def __init__(self, template: ChatTemplate, images: ImagePipeline) -> None:
-        self.template, self.images = template, images
+    Args:
+        conversations: renders those, in a stage that has them.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, images: ImagePipeline, conversations: ConversationTemplate | None = None
+    ) -> None:
+        self.template, self.images, self.conversations = template, images, conversations
         self._placeholder = images.placeholder()
 
     def pack(self, sides: list[Side], *, replace_broken: bool) -> PackedBatch:
@@ -31,29 +38,42 @@ class Packer:
         """
         if not sides:
             return self._spare()
-        text_ids = iter(self.template.encode_turns([turn for side in sides for turn in side.dialogue.turns]))
+        text_ids = iter(self.template.encode_turns([text for side in sides for text in _texts(side.dialogue)]))
         row = _Row()
         for side in sides:
             pictures = [self._picture(ref, row, replace_broken) for ref in side.dialogue.images]
-            turns = [next(text_ids) for _ in side.dialogue.turns]
-            grids = [picture.grid for picture in pictures]
-            rendered = self.template.render(turns, grids, self.images.merge_size, side.history)
-            row.pooled[side.kind].extend(row.segments.rows + i for i in rendered.emb_rows_k)
+            texts = [next(text_ids) for _ in _texts(side.dialogue)]
+            rendered = self._render(side, texts, [picture.grid for picture in pictures])
+            row.pooled[side.kind].extend(row.segments.rows + i for i in rendered.emb_rows)
             row.ids[side.kind].append(side.ids_k3)
-            if rendered.prefix:
-                row.segments.add_isolated(rendered.prefix, rendered.turn_lengths)
-            else:
-                row.segments.add_causal(len(rendered.ids_L))
+            row.segments.add(rendered.segments)
             row.tokens.append(rendered.ids_L)
             row.positions.append(rendered.positions_4L)
             row.pictures += pictures
+            if rendered.labels is not None:
+                row.labels.append(rendered.labels)
         return self._finish(row)
+
+    def _render(self, side: Side, texts: list[list[int]], grids: list[Grid]) -> Rendered:
+        dialogue, merge_size = side.dialogue, self.images.merge_size
+        if isinstance(dialogue, Dialogue):
+            return self.template.render(texts, grids, merge_size, side.history)
+        assert self.conversations is not None
+        context, *turns = texts
+        return self.conversations.render(context, turns[0::2], turns[1::2], grids, merge_size)
 
     def _spare(self) -> PackedBatch:
         """What a rank works on while others have one pack more: next to nothing, but a forward like any other."""
         filler = Side(QUERY, Dialogue(("-",)), history=True, ids_k3=np.zeros((1, 3), np.int64))
         batch = self.pack([filler], replace_broken=False)
-        return replace(batch, emb_index_E=batch.emb_index_E[:0], ids_E3=batch.ids_E3[:0], counts=RowCounts(0, 0))
+        labels_E = None if self.conversations is None else torch.zeros(0, dtype=torch.int64)
+        return replace(
+            batch,
+            emb_index_E=batch.emb_index_E[:0],
+            ids_E3=batch.ids_E3[:0],
+            counts=RowCounts(0, 0),
+            labels_E=labels_E,
+        )
 
     def _picture(self, ref, row: _Row, replace_broken: bool) -> Patches:  # type: ignore[no-untyped-def]
         try:
@@ -77,6 +97,8 @@ class Packer:
             ids_E3=torch.from_numpy(np.concatenate([ids for kind in row.ids for ids in kind])),
             counts=RowCounts(*(len(kind) for kind in row.pooled)),
             replaced_images=row.replaced,
+            span=len(self.template.pooled_ids),
+            labels_E=torch.from_numpy(np.concatenate(row.labels)) if row.labels else None,
         )
 
 
@@ -90,7 +112,16 @@ class _Row:
     pictures: list[Patches] = field(default_factory=list)
     pooled: tuple[list[int], ...] = field(default_factory=lambda: ([], [], []))
     ids: tuple[list[np.ndarray], ...] = field(default_factory=lambda: ([], [], []))
+    labels: list[np.ndarray] = field(default_factory=list)
     replaced: int = 0
+
+
+def _texts(dialogue: Dialogue | Conversation) -> list[Turn]:
+    """All texts of a dialogue, in a fixed order."""
+    if isinstance(dialogue, Dialogue):
+        return list(dialogue.turns)
+    turns = zip(dialogue.questions, dialogue.answers, strict=True)
+    return [dialogue.context, *(text for turn in turns for text in turn)]
 
 
 class Collator:

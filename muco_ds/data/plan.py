@@ -16,8 +16,8 @@ import numpy as np
 from muco_ds.data.assign import assign
 from muco_ds.data.index import Index
 from muco_ds.data.mixture import Mixture
-from muco_ds.data.schema import QUERY, RowCounts
-from muco_ds.data.stages.base import Stage, longest_rows, measure
+from muco_ds.data.schema import RowCounts
+from muco_ds.data.stages.base import Stage, longest_rows
 from muco_ds.errors import UserError
 from muco_ds.flops import FlopsModel
 
@@ -64,6 +64,7 @@ class Costs:
     patches_B: np.ndarray
     attended_B: np.ndarray  # key/value rows: tokens, and the prefix again for each isolated turn
     rows_B3: np.ndarray  # pooled rows: queries, targets, negatives
+    pairs_B: np.ndarray
 
 
 class Plan:
@@ -102,7 +103,7 @@ class Plan:
             passes_B=passes_B,
             packs=packs,
             rows_per_rank=[RowCounts(*costs.rows_B3[rank].sum(0).tolist()) for rank in assignment],
-            pairs=int(costs.rows_B3[:, QUERY].sum()) // self.stage.forms,
+            pairs=int(costs.pairs_B.sum()),
             tokens=int(costs.tokens_B.sum()),
             patches=int(costs.patches_B.sum()),
             flops=float(rank_flops.sum()),
@@ -112,11 +113,12 @@ class Plan:
 
     def costs(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Costs:
         """Tokens, patches and training FLOPs of examples with their pass's draws, in a step."""
-        layout = self.stage.layout(samples_B, passes_B, step)
-        sizes = measure(layout.dialogues, len(samples_B), self.stage.template)
-        flops_B = self.flops.training(sizes.tokens_B, sizes.attention_B, layout.patches_B, layout.patches_squared_B)
+        sizes = self.stage.sizes(samples_B, passes_B, step)
+        flops_B = self.flops.training(
+            sizes.tokens_B, sizes.attention_B, sizes.patches_B, sizes.patches_squared_B, sizes.predicted_B
+        )
         attended_B = sizes.tokens_B + sizes.repeated_B
-        return Costs(sizes.tokens_B, flops_B, layout.patches_B, attended_B, sizes.rows_B3)
+        return Costs(sizes.tokens_B, flops_B, sizes.patches_B, attended_B, sizes.rows_B3, sizes.pairs_B)
 
     def _check_longest(self) -> None:
         """No example may exceed a pack in any epoch's draw, nor in the last of a curriculum's steps."""

@@ -35,16 +35,29 @@ class Dialogue:
     images: tuple[ImageRef, ...] = ()
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """Pictures and text to be compressed, and questions that must be answered from what was compressed."""
+
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    images: tuple[ImageRef, ...] = ()
+    context: str = ""
+
+
 QUERY, TARGET, NEGATIVE = range(3)
 """Kinds of dialogues, and of the rows pooled from them."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One dialogue on its way into a pack. `ids_k3`: image_id, pair_id, target_hash of each turn."""
+    """One dialogue on its way into a pack. `ids_k3`: image_id, pair_id, target_hash of each turn.
+
+    A conversation's turns have no rows of their own; `history` and ids mean nothing to it.
+    """
 
     kind: int
-    dialogue: Dialogue
+    dialogue: Dialogue | Conversation
     history: bool
     ids_k3: np.ndarray
 
@@ -106,7 +119,10 @@ class Record:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How many pooled rows of each side a rank holds; known on every rank from the plan, without communication."""
+    """How many pooled rows of each side a rank holds; known on every rank from the plan, without communication.
+
+    Of conversations, the tokens to be predicted are counted as queries.
+    """
 
     queries: int
     targets: int
@@ -122,8 +138,11 @@ class PackedBatch:
     """One pack: every dialogue of its examples, all sides, in one row without padding.
 
     `emb_index_E` lists the rows to pool: all query turns first, then all targets, then all negatives (`counts`).
+    Where a turn is read through several tokens, that is the last of its `span` rows.
     `ids_E3` holds image_id, pair_id and target_hash of each pooled row. A pack without pictures carries one dummy
     picture (`has_images` False) so that the vision tower runs exactly once on every rank.
+
+    A pack of conversations has `labels_E`, and `emb_index_E` lists the rows whose states predict them; it has no ids.
     """
 
     input_ids_T: torch.Tensor  # int64
@@ -136,6 +155,8 @@ class PackedBatch:
     ids_E3: torch.Tensor  # int64
     counts: RowCounts
     replaced_images: int = 0
+    span: int = 1
+    labels_E: torch.Tensor | None = None  # int64
 
     def to(self, device: torch.device) -> PackedBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -9,7 +9,7 @@ Shape suffixes: T rows of the pack, S segments (S1 = S + 1), J gathered key/valu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,24 @@ class SegmentPlan:
         return mask
 
 
+@dataclass(frozen=True)
+class Segment:
+    """So many consecutive rows of a dialogue. They see each other, causally, and rows `context` of the dialogue."""
+
+    rows: int
+    context: tuple[int, int] = (0, 0)
+
+
+def causal(rows: int) -> list[Segment]:
+    """Every row sees all before it."""
+    return [Segment(rows)]
+
+
+def isolated(prefix: int, turns: Sequence[int]) -> list[Segment]:
+    """A shared prefix (0: none) and turns of the given lengths; each turn sees the prefix and itself."""
+    return [*(causal(prefix) if prefix else []), *(Segment(rows, context=(0, prefix)) for rows in turns)]
+
+
 @dataclass
 class SegmentBuilder:
     """Collects the segments of a pack, dialogue by dialogue."""
@@ -66,22 +84,16 @@ class SegmentBuilder:
     rows: int = 0
     gathers: bool = False
 
-    def add_causal(self, length: int) -> None:
-        """One segment over `length` new rows that sees itself alone."""
-        self._add(length, [])
-
-    def add_isolated(self, prefix: int, turns: list[int]) -> None:
-        """A shared prefix and turns of the given lengths; each turn sees the prefix and itself."""
-        start = self.rows
-        self._add(prefix, [])
-        for length in turns:
-            self._add(length, [(start, start + prefix)])
-
-    def _add(self, length: int, context: list[tuple[int, int]]) -> None:
-        self.gathers |= bool(context)
-        self.q_lengths.append(length)
-        self.kv_parts.append([*context, (self.rows, self.rows + length)])
-        self.rows += length
+    def add(self, segments: Sequence[Segment]) -> None:
+        """The segments of one dialogue, in the order of its rows."""
+        first = self.rows
+        for segment in segments:
+            start, stop = (first + row for row in segment.context)
+            context = [(start, stop)] if stop > start else []
+            self.gathers |= bool(context)
+            self.q_lengths.append(segment.rows)
+            self.kv_parts.append([*context, (self.rows, self.rows + segment.rows)])
+            self.rows += segment.rows
 
     def build(self) -> SegmentPlan:
         k_lengths = [sum(stop - start for start, stop in parts) for parts in self.kv_parts]

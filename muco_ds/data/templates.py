@@ -1,7 +1,8 @@
 """Dialogues as tokens: the backbone's chat format, with one pooled token per turn.
 
-A turn is `user: text` answered by an assistant message that is just the pool token. Pictures always come first. Two
-layouts exist, drawn per dialogue (`task.query_history`, `task.target_history`):
+A turn is `user: text` answered by an assistant message that is just the pool token, or, where `compression_tokens` are
+set, these. The template "plain" leaves the chat format out: a turn is its text and the tokens (CoMa's matching). Pictures
+always come first. Two layouts exist, drawn per dialogue (`task.query_history`, `task.target_history`):
 
 - `history` (causal): the turns follow each other, each sees all before it;
 - isolated: the prefix up to the pictures is written once and each turn continues it by itself, at positions that
@@ -14,29 +15,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from muco_ds.data.schema import Turn
+from muco_ds.data.segments import Segment, causal, isolated
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 """The system text of the Qwen2-VL chat template."""
 
 END = "<|im_end|>"
 MASK = "<|mask|>"
+COMPRESSION_TOKEN = "<|ctoken_pad_{}|>"
+"""Compression token number so and so, by the name that CoMa's released code gives it."""
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+
+Grid = tuple[int, int, int]
+"""A picture's patches: times, rows, columns."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One dialogue as tokens. `prefix` is 0 for a causal dialogue; `turn_lengths` are those of isolated turns."""
+    """One dialogue as tokens, who sees whom, and the rows that are read.
+
+    `emb_rows` are the (last) pooled row of each turn; of a conversation, the rows that predict `labels`.
+    """
 
     ids_L: np.ndarray  # int64
     positions_4L: np.ndarray  # int64: text, t, h, w
-    emb_rows_k: list[int]
-    prefix: int
-    turn_lengths: list[int]
+    emb_rows: list[int]
+    segments: list[Segment]
+    labels: np.ndarray | None = None  # int64
 
 
 class ChatTemplate:
@@ -47,15 +59,26 @@ class ChatTemplate:
     ordinary characters here: a row can't smuggle in a picture or an embedding position.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, pool_token: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        pool_token: str,
+        *,
+        compression_tokens: int = 0,
+        template: Literal["chat", "plain"] = "chat",
+    ) -> None:
         self.tokenizer = tokenizer
-        self.pool_token = pool_token
-        closing = "" if pool_token == END else END
-        self.opening = self._markup(f"<|im_start|>system\n{SYSTEM_PROMPT}{END}\n<|im_start|>user\n")
-        self.tail = self._markup(f"{END}\n<|im_start|>assistant\n{pool_token}")
-        self.between = self._markup(f"{closing}\n<|im_start|>user\n")
-        self.newline = self._markup("\n")
-        self.vision_start, self.image_pad, self.vision_end = self._markup(VISION_START + IMAGE_PAD + VISION_END)
+        self.pool_token, self.compression_tokens = pool_token, compression_tokens
+        tokens = [COMPRESSION_TOKEN.format(i) for i in range(compression_tokens)] or [pool_token]
+        self.pooled_ids = self.markup("".join(tokens))
+        assert len(self.pooled_ids) == len(tokens), "the tokenizer holds the pooled tokens"
+        closing = "" if tokens == [END] else END
+        chat = template == "chat"
+        self.opening = self.markup(f"<|im_start|>system\n{SYSTEM_PROMPT}{END}\n<|im_start|>user\n") if chat else []
+        self.tail = [*(self.markup(f"{END}\n<|im_start|>assistant\n") if chat else []), *self.pooled_ids]
+        self.between = self.markup(f"{closing}\n<|im_start|>user\n") if chat else []
+        self.newline = self.markup("\n")
+        self.vision_start, self.image_pad, self.vision_end = self.markup(VISION_START + IMAGE_PAD + VISION_END)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each stripped text, special tokens not recognised."""
@@ -81,7 +104,7 @@ class ChatTemplate:
     @property
     def mask(self) -> int:
         """Id of the mask token, of a tokenizer that has it."""
-        (mask,) = self._markup(MASK)
+        (mask,) = self.markup(MASK)
         return mask
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -109,17 +132,15 @@ class ChatTemplate:
     def render(
         self,
         turn_ids: Sequence[list[int]],
-        grids: Sequence[tuple[int, int, int]],
+        grids: Sequence[Grid],
         merge_size: int,
         history: bool,
     ) -> Rendered:
         """Tokens and positions of one dialogue: texts by their ids, pictures by their patch grids."""
-        prefix = _Writer()
+        prefix = Writer()
         prefix.text(self.opening)
         for grid in grids:
-            prefix.text([self.vision_start])
-            prefix.image(self.image_pad, grid, merge_size)
-            prefix.text([self.vision_end])
+            self.write_picture(prefix, grid, merge_size)
         if history:
             writer, emb_rows = prefix, []
             for j, ids in enumerate(turn_ids):
@@ -127,7 +148,7 @@ class ChatTemplate:
                     writer.text(self.between)
                 writer.text(self._turn(ids, after_image=bool(grids) and j == 0))
                 emb_rows.append(writer.rows - 1)
-            return Rendered(writer.ids(), writer.positions(), emb_rows, prefix=0, turn_lengths=[])
+            return Rendered(writer.ids(), writer.positions(), emb_rows, causal(writer.rows))
 
         turns = []
         for ids in turn_ids:
@@ -138,19 +159,25 @@ class ChatTemplate:
         return Rendered(
             ids_L=np.concatenate([prefix.ids(), *(turn.ids() for turn in turns)]),
             positions_4L=np.concatenate([prefix.positions(), *(turn.positions() for turn in turns)], axis=1),
-            emb_rows_k=(prefix.rows + np.cumsum(lengths) - 1).tolist(),
-            prefix=prefix.rows,
-            turn_lengths=lengths,
+            emb_rows=(prefix.rows + np.cumsum(lengths) - 1).tolist(),
+            segments=isolated(prefix.rows, lengths),
         )
+
+    def write_picture(self, writer: Writer, grid: Grid, merge_size: int) -> None:
+        """Append a picture's tokens, between its start and end."""
+        writer.text([self.vision_start])
+        writer.image(self.image_pad, grid, merge_size)
+        writer.text([self.vision_end])
 
     def _turn(self, text_ids: list[int], after_image: bool) -> list[int]:
         return [*(self.newline if after_image and text_ids else []), *text_ids, *self.tail]
 
-    def _markup(self, text: str) -> list[int]:
+    def markup(self, text: str) -> list[int]:
+        """Token ids of a text of our own, special tokens recognised."""
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-class _Writer:
+class Writer:
     """Appends tokens and their positions; mRoPE as in the stock `get_rope_index`, one dialogue at a time."""
 
     def __init__(self, text_position: int = 0, rope_position: int = 0) -> None:
@@ -159,15 +186,15 @@ class _Writer:
         self._positions: list[np.ndarray] = []
         self._text_position, self._rope_position = text_position, rope_position
 
-    def continued(self) -> _Writer:
-        return _Writer(self._text_position, self._rope_position)
+    def continued(self) -> Writer:
+        return Writer(self._text_position, self._rope_position)
 
     def text(self, ids: list[int]) -> None:
         steps = np.arange(len(ids))
         self._append(np.asarray(ids, np.int64), np.broadcast_to(steps + self._rope_position, (3, len(ids))))
         self._rope_position += len(ids)
 
-    def image(self, pad_id: int, grid: tuple[int, int, int], merge_size: int) -> None:
+    def image(self, pad_id: int, grid: Grid, merge_size: int) -> None:
         t, h, w = grid[0], grid[1] // merge_size, grid[2] // merge_size
         thw = np.indices((t, h, w)).reshape(3, -1) + self._rope_position
         self._append(np.full(t * h * w, pad_id, np.int64), thw)
@@ -181,7 +208,7 @@ class _Writer:
         self.rows += len(ids)
 
     def ids(self) -> np.ndarray:
-        return np.concatenate(self._ids)
+        return np.concatenate([np.zeros(0, np.int64), *self._ids])
 
     def positions(self) -> np.ndarray:
-        return np.concatenate(self._positions, axis=1).astype(np.int64)
+        return np.concatenate([np.zeros((4, 0), np.int64), *self._positions], axis=1)

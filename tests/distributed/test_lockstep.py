@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from muco_ds.data.schema import PackedBatch, RowCounts, StepBatch
-from muco_ds.data.segments import SegmentBuilder
+from muco_ds.data.segments import SegmentBuilder, causal
 from muco_ds.distributed.lockstep import Lockstep
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.errors import UserError
@@ -24,7 +24,7 @@ ROWS = [RowCounts(3, 3), RowCounts(2, 2), RowCounts(2, 2)]
 def batch(step: int, rank: int) -> StepBatch:
     """What a rank of three holds, as far as the exchange reads it."""
     segments = SegmentBuilder()
-    segments.add_causal(1)
+    segments.add(causal(1))
     empty = torch.empty(0)
     counts = [RowCounts(ROWS[rank].queries - 1, ROWS[rank].targets - 1), RowCounts(1, 1)]
     packs = [PackedBatch(empty, empty, segments.build(), empty, empty, False, empty, empty, c) for c in counts]

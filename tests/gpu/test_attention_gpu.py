@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from muco_ds.data.segments import SegmentBuilder, SegmentPlan
+from muco_ds.data.segments import Segment, SegmentBuilder, SegmentPlan, causal, isolated
 from muco_ds.models import attention
 from muco_ds.models.attention import segment_attention
 
@@ -24,30 +24,18 @@ pytestmark = [
 ]
 
 
-def causal(builder: SegmentBuilder) -> None:
-    for length in (1, 130, 17, 64, 129, 2, 300):
-        builder.add_causal(length)
-
-
-def isolated(builder: SegmentBuilder) -> None:
-    builder.add_isolated(150, [7, 1, 33, 128, 64])
-    builder.add_isolated(14, [20])
-    builder.add_isolated(257, [130, 5])
-
-
-def mixed(builder: SegmentBuilder) -> None:
-    builder.add_causal(90)
-    builder.add_isolated(65, [1, 2, 40])
-    builder.add_causal(1)
-    builder.add_isolated(300, [16] * 7)
-
-
-PLANS: dict[str, Callable[[SegmentBuilder], None]] = {"causal": causal, "isolated": isolated, "mixed": mixed}
+LAYOUTS: dict[str, list[list[Segment]]] = {
+    "causal": [causal(length) for length in (1, 130, 17, 64, 129, 2, 300)],
+    "isolated": [isolated(150, [7, 1, 33, 128, 64]), isolated(14, [20]), isolated(257, [130, 5])],
+    "mixed": [causal(90), isolated(65, [1, 2, 40]), causal(1), isolated(300, [16] * 7)],
+    "compression": [[Segment(rows), Segment(behind, context=(rows - 32, rows))] for rows, behind in ((300, 90), (41, 7))],
+}
 
 
 def plan_of(layout: str, device: str) -> SegmentPlan:
     builder = SegmentBuilder()
-    PLANS[layout](builder)
+    for segments in LAYOUTS[layout]:
+        builder.add(segments)
     return builder.build().map(lambda tensor: tensor.to(device))
 
 
@@ -94,7 +82,7 @@ def needs(backend: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [(12, 2, 128), (28, 4, 128)], ids=["2b", "7b"])
-@pytest.mark.parametrize("layout", PLANS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", ["flash_attn", "varlen", "sdpa", "auto"])
 def test_backend_equals_dense_twin_in_bf16(backend: str, layout: str, heads: tuple[int, int, int]) -> None:
     needs(backend)
@@ -102,7 +90,7 @@ def test_backend_equals_dense_twin_in_bf16(backend: str, layout: str, heads: tup
     compare(backend, layout, "cuda", torch.bfloat16, heads, tolerance=3e-2)
 
 
-@pytest.mark.parametrize("layout", PLANS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_sdpa_equals_dense_twin_in_fp32(layout: str) -> None:
     compare("sdpa", layout, "cuda", torch.float32, (12, 2, 128), tolerance=1e-4)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from muco_ds.data.segments import SegmentBuilder, SegmentPlan
+from muco_ds.data.segments import SegmentBuilder, SegmentPlan, causal, isolated
 from muco_ds.models.attention import segment_attention
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -19,10 +19,10 @@ def random_plan(seed: int, dialogues: int = 6) -> SegmentPlan:
     builder = SegmentBuilder()
     for _ in range(dialogues):
         if rng.random() < 0.4:
-            builder.add_causal(int(rng.integers(1, 40)))
+            builder.add(causal(int(rng.integers(1, 40))))
         else:
-            builder.add_isolated(int(rng.integers(1, 40)), rng.integers(1, 20, int(rng.integers(1, 5))).tolist())
-    builder.add_causal(1)
+            builder.add(isolated(int(rng.integers(1, 40)), rng.integers(1, 20, int(rng.integers(1, 5))).tolist()))
+    builder.add(causal(1))
     return builder.build()
 
 
@@ -50,8 +50,8 @@ def test_each_segment_equals_causal_attention_by_itself() -> None:
     """An oracle that does not use `dense_mask`: every isolated turn after its prefix, as one causal sequence."""
     prefix, turns = 5, [3, 1, 20]
     builder = SegmentBuilder()
-    builder.add_causal(4)
-    builder.add_isolated(prefix, turns)
+    builder.add(causal(4))
+    builder.add(isolated(prefix, turns))
     plan = builder.build()
     q, k, v = inputs(plan, 0)
     out = segment_attention(q, k, v, plan, scale=0.3, backend="sdpa")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from muco_ds.data.segments import SegmentBuilder, SegmentPlan
+from muco_ds.data.segments import SegmentBuilder, SegmentPlan, causal, isolated
 
 
 def plan_of(*calls: tuple[int, list[int] | None]) -> SegmentPlan:
@@ -12,9 +12,9 @@ def plan_of(*calls: tuple[int, list[int] | None]) -> SegmentPlan:
     builder = SegmentBuilder()
     for length, turns in calls:
         if turns is None:
-            builder.add_causal(length)
+            builder.add(causal(length))
         else:
-            builder.add_isolated(length, turns)
+            builder.add(isolated(length, turns))
     return builder.build()
 
 

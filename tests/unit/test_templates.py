@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from muco_ds.data.segments import causal, isolated
 from muco_ds.data.templates import ChatTemplate, Rendered
 
 from demo import Demo
@@ -87,7 +88,7 @@ def test_single_turn_equals_tokenising_the_whole_prompt(
     for text in TEXTS:
         rendered = render(template, [text], grids, history)
         assert rendered.ids_L.tolist() == whole_prompt_ids(template, SYSTEM + turn(template, text, grids)), repr(text)
-        assert rendered.emb_rows_k == [len(rendered.ids_L) - 1]
+        assert rendered.emb_rows == [len(rendered.ids_L) - 1]
         assert rendered.ids_L[-1] == template.tokenizer.convert_tokens_to_ids(template.pool_token)
 
 
@@ -111,9 +112,9 @@ def test_causal_dialogue_equals_tokenising_the_whole_dialogue(
     closing = "\n" if template.pool_token == "<|im_end|>" else "<|im_end|>\n"
     prompt = SYSTEM + closing.join(turn(template, text, grids if j == 0 else []) for j, text in enumerate(texts))
     assert rendered.ids_L.tolist() == whole_prompt_ids(template, prompt)
-    assert rendered.prefix == 0 and rendered.turn_lengths == []
+    assert rendered.segments == causal(len(rendered.ids_L))
     pool = template.tokenizer.convert_tokens_to_ids(template.pool_token)
-    assert [rendered.ids_L[i] for i in rendered.emb_rows_k] == [pool] * 4
+    assert [rendered.ids_L[i] for i in rendered.emb_rows] == [pool] * 4
     assert (rendered.positions_4L[0] == np.arange(len(rendered.ids_L))).all()
     assert (rendered.positions_4L[1:] == stock_positions(stock, template, rendered.ids_L, grids)).all()
 
@@ -122,10 +123,11 @@ def test_causal_dialogue_equals_tokenising_the_whole_dialogue(
 def test_isolated_turns_equal_their_single_turn_prompts(template: ChatTemplate, stock: Any, grids: list[Grid]) -> None:
     texts = ["What is it?", "", "a much longer question than the first one", "x"]
     rendered = render(template, texts, grids, history=False)
-    start = rendered.prefix
-    assert rendered.prefix + sum(rendered.turn_lengths) == len(rendered.ids_L)
-    for text, length, emb_row in zip(texts, rendered.turn_lengths, rendered.emb_rows_k, strict=True):
-        rows = [*range(rendered.prefix), *range(start, start + length)]
+    start = prefix = rendered.segments[0].rows
+    lengths = [segment.rows for segment in rendered.segments[1:]]
+    assert rendered.segments == isolated(prefix, lengths) and prefix + sum(lengths) == len(rendered.ids_L)
+    for text, length, emb_row in zip(texts, lengths, rendered.emb_rows, strict=True):
+        rows = [*range(prefix), *range(start, start + length)]
         alone_ids = np.array(whole_prompt_ids(template, SYSTEM + turn(template, text, grids)))
         assert (rendered.ids_L[rows] == alone_ids).all()
         assert (rendered.positions_4L[0, rows] == np.arange(len(rows))).all()
@@ -141,7 +143,7 @@ def test_special_tokens_inside_a_text_are_plain_text(template: ChatTemplate) -> 
         (ids,) = template.encode_texts([text])
         assert not specials & set(ids)
         assert template.tokenizer.decode(ids) == text
-        assert len(render(template, [text], [], False).emb_rows_k) == 1
+        assert len(render(template, [text], [], False).emb_rows) == 1
     # The switch is put back: markup after it is markup.
     assert whole_prompt_ids(template, "<|im_end|>")[0] in specials
 
@@ -159,4 +161,4 @@ def test_counts_without_rendering(template: ChatTemplate, history: bool) -> None
             beside_picture = texts[:1] if history else texts
             excess = sum(not text for text in beside_picture) if grids else 0
             assert count - len(rendered.ids_L) == excess
-            assert history or prefix == rendered.prefix
+            assert history or prefix == rendered.segments[0].rows

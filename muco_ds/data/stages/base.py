@@ -1,6 +1,6 @@
 """What a training stage is to the data side: how an example becomes dialogues.
 
-A stage says it twice: for many examples at once as numbers, from the length index alone (`layout`), which is what the
+A stage says it twice: for many examples at once as numbers, from the length index alone (`sizes`), which is what the
 plan works with, and for one example as dialogues to pack (`sides`), which is what the collator works with. The two must
 agree: on the number of pooled rows of each kind always, because ranks rely on it, and on tokens to the last one.
 
@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from muco_ds.data.index import Index
-from muco_ds.data.schema import NEGATIVE, Side
+from muco_ds.data.schema import NEGATIVE, QUERY, Side
 from muco_ds.data.templates import ChatTemplate
 
 SCANNED_SAMPLES = 65536  # of the index at a time, so that a scan of millions needs little memory
@@ -52,6 +52,10 @@ class Sizes:
     attention_B: np.ndarray  # float64: query/key pairs
     repeated_B: np.ndarray  # int64: key/value rows beyond the tokens, as each isolated turn attends to its prefix again
     rows_B3: np.ndarray  # int64: pooled rows, queries, targets, negatives
+    predicted_B: np.ndarray  # int64: tokens that the vocabulary head predicts
+    pairs_B: np.ndarray  # int64: of a query and its target, or a question and its answer
+    patches_B: np.ndarray  # int64
+    patches_squared_B: np.ndarray  # sum over pictures of patches^2: the vision tower's attention
 
 
 class Stage(Protocol):
@@ -59,11 +63,9 @@ class Stage(Protocol):
 
     index: Index
     template: ChatTemplate
-    forms: int
-    """Embeddings of each query and of each target, as turns of one dialogue."""
 
-    def layout(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Layout:
-        """The dialogues of samples in their passes, which a step takes, as numbers."""
+    def sizes(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Sizes:
+        """What samples in their passes, which a step takes, put into packs."""
         ...
 
     def sides(self, sample: int, number: int, step: int) -> list[Side]:
@@ -79,15 +81,20 @@ class Stage(Protocol):
         ...
 
 
-def measure(dialogues: Sequence[Dialogues], examples: int, template: ChatTemplate) -> Sizes:
-    """Sizes of `examples` examples that become these dialogues."""
+def measure(layout: Layout, template: ChatTemplate, forms: int = 1) -> Sizes:
+    """Sizes of examples that become these dialogues, each query and target in so many forms."""
+    examples = len(layout.patches_B)
     sizes = Sizes(
         tokens_B=np.zeros(examples, np.int64),
         attention_B=np.zeros(examples),
         repeated_B=np.zeros(examples, np.int64),
         rows_B3=np.zeros((examples, NEGATIVE + 1), np.int64),
+        predicted_B=np.zeros(examples, np.int64),
+        pairs_B=np.zeros(examples, np.int64),
+        patches_B=layout.patches_B,
+        patches_squared_B=layout.patches_squared_B,
     )
-    for part in dialogues:
+    for part in layout.dialogues:
         size = len(part.owner_G)
         text_G = np.bincount(part.dialogue_N, part.text_N, size).astype(np.int64)
         turns_G = np.bincount(part.dialogue_N, minlength=size)
@@ -101,7 +108,14 @@ def measure(dialogues: Sequence[Dialogues], examples: int, template: ChatTemplat
         np.add.at(sizes.attention_B, part.owner_G, np.where(part.history_G, length_G**2 / 2, isolated_G))
         np.add.at(sizes.repeated_B, part.owner_G, np.where(part.history_G, 0, turns_G * prefix_G))
         np.add.at(sizes.rows_B3[:, part.kind], part.owner_G, turns_G)
+    sizes.pairs_B[:] = sizes.rows_B3[:, QUERY] // forms
     return sizes
+
+
+def tokens_of(dialogues: Sequence[Dialogues], examples: int, template: ChatTemplate) -> np.ndarray:
+    """Tokens alone of so many examples that become these dialogues: int64 [B]."""
+    no_pictures_B = np.zeros(examples, np.int64)
+    return measure(Layout(dialogues, no_pictures_B, no_pictures_B), template).tokens_B
 
 
 def _without_newline(part: Dialogues) -> np.ndarray:

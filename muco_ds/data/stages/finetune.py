@@ -17,7 +17,7 @@ from muco_ds.data import draws
 from muco_ds.data.index import Index
 from muco_ds.data.readers import Reader, RowError
 from muco_ds.data.schema import QUERY, TARGET, Dialogue, Side, Turn, pair_ids
-from muco_ds.data.stages.base import Dialogues, Layout, measure, ragged, vision_tokens
+from muco_ds.data.stages.base import Dialogues, Layout, Sizes, measure, ragged, tokens_of, vision_tokens
 from muco_ds.data.stages.curriculum import NO_NEGATIVES, Limit
 from muco_ds.data.stages.negatives import HardNegatives
 from muco_ds.data.templates import ChatTemplate
@@ -55,6 +55,10 @@ class FineTuneStage:
         parts = {QUERY: after_query.split(COUNTERPART), TARGET: after_target.split(COUNTERPART)}
         self._around = {kind: [template.encode_exactly(text) for text in texts] for kind, texts in parts.items()}
         self.negatives = HardNegatives(index, template, seed, negatives)
+
+    def sizes(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Sizes:
+        """What samples in their passes, which a step takes, put into packs."""
+        return measure(self.layout(samples_B, passes_B, step), self.template, self.forms)
 
     def layout(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Layout:
         """The dialogues of samples with their pass's masks."""
@@ -96,7 +100,7 @@ class FineTuneStage:
             owner_N, _, row_N = ragged(starts_B, counts_B)
             words_B = np.bincount(owner_N, self.index.word_tokens[row_N], len(samples_B)).astype(np.int64)
             unmasked[kind] = np.maximum(words_B, 1)
-        tokens_B = measure(self._dialogues(samples_B, unmasked), len(samples_B), self.template).tokens_B
+        tokens_B = tokens_of(self._dialogues(samples_B, unmasked), len(samples_B), self.template)
         return tokens_B + self.negatives.longest(start, stop)
 
     def _dialogues(self, samples_B: np.ndarray, counterpart: dict[int, np.ndarray]) -> list[Dialogues]:

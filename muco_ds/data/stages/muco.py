@@ -14,7 +14,7 @@ from muco_ds.data.index import Index
 from muco_ds.data.readers import Reader, RowError
 from muco_ds.data.schema import QUERY, TARGET, TURNS_PER_SAMPLE, Dialogue, Side, pair_ids
 from muco_ds.data.stages import curriculum
-from muco_ds.data.stages.base import Dialogues, Layout, lengths, measure, ragged, scans, vision_tokens
+from muco_ds.data.stages.base import Dialogues, Layout, Sizes, lengths, measure, ragged, scans, tokens_of, vision_tokens
 from muco_ds.data.stages.curriculum import ALL_TURNS, NO_NEGATIVES, Limit, first_of_each
 from muco_ds.data.stages.negatives import HardNegatives
 from muco_ds.data.templates import ChatTemplate
@@ -32,8 +32,6 @@ class MuCoStage:
     Raises:
         UserError: a row of which no turn is ever used.
     """
-
-    forms = 1
 
     def __init__(
         self,
@@ -55,6 +53,10 @@ class MuCoStage:
         self.negatives = HardNegatives(index, template, seed, negatives)
         if not self._weight_of_kind.all():
             self._check_rows()
+
+    def sizes(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Sizes:
+        """What samples in their passes, which a step takes, put into packs."""
+        return measure(self.layout(samples_B, passes_B, step), self.template)
 
     def layout(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Layout:
         """The dialogues of samples with their pass's draw of turns, paraphrases and histories."""
@@ -126,7 +128,7 @@ class MuCoStage:
             for causal in layouts:
                 history_B = np.full(len(data), causal)
                 side = Dialogues(kind, owner_B, history_B, vision_B, owner_N[longest_N], text_N[longest_N])
-                counts.append(measure([side], len(data), self.template).tokens_B)
+                counts.append(tokens_of([side], len(data), self.template))
             tokens_B += np.max(counts, axis=0)
         return tokens_B
 

@@ -14,7 +14,7 @@ from muco_ds.data.index import Index
 from muco_ds.data.readers import RowError
 from muco_ds.data.schema import NEGATIVE, Dialogue, Record, Side
 from muco_ds.data.stages import curriculum
-from muco_ds.data.stages.base import Dialogues, Layout, lengths, measure, ragged
+from muco_ds.data.stages.base import Dialogues, Layout, lengths, ragged, tokens_of
 from muco_ds.data.stages.curriculum import Limit, first_of_each
 from muco_ds.data.templates import ChatTemplate
 
@@ -59,10 +59,10 @@ class HardNegatives:
         first = self.index.negative_bounds(start)[0]
         data = self.index.negatives[first : self.index.negative_bounds(stop - 1)[1]]
         counts_B = np.diff(self.index.samples["negative_end"][start:stop], prepend=first)
-        sizes = measure([_dialogues(data, np.arange(len(data)))], len(data), self.template)
+        tokens_M = tokens_of([_dialogues(data, np.arange(len(data)))], len(data), self.template)
         owner_M = np.repeat(np.arange(stop - start), counts_B)
-        kept_M = first_of_each(owner_M, -sizes.tokens_B, self.limit.last)
-        return np.bincount(owner_M[kept_M], sizes.tokens_B[kept_M], stop - start).astype(np.int64)
+        kept_M = first_of_each(owner_M, -tokens_M, self.limit.last)
+        return np.bincount(owner_M[kept_M], tokens_M[kept_M], stop - start).astype(np.int64)
 
     def _drawn(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The negatives that are brought along: (whose, row in the index), examples in order."""
