@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from muco_ds.config import RunConfig, Source
+from muco_ds.data.compression import ConversationTemplate
+from muco_ds.data.conversations import ConversationReader
 from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.index import Index, Indexer, open_index
 from muco_ds.data.joined import JoinedReader, join_indices
@@ -20,22 +22,27 @@ from muco_ds.data.loader import StepDataset
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import M3TReader, PairReader, Reader
-from muco_ds.data.schema import TURNS_PER_SAMPLE, Record
+from muco_ds.data.schema import TURNS_PER_SAMPLE
 from muco_ds.data.stages.base import Stage
+from muco_ds.data.stages.compress import CompressStage
 from muco_ds.data.stages.curriculum import Limit
 from muco_ds.data.stages.finetune import FineTuneStage
 from muco_ds.data.stages.muco import MuCoStage, check_kinds
-from muco_ds.data.templates import ChatTemplate
 from muco_ds.distributed import env
 from muco_ds.distributed.gradient_cache import prepare
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.errors import UserError
+from muco_ds.eval.answers import AnswerValidation
+from muco_ds.eval.held_out import RetrievalValidation, Validation
 from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import load_backbone, load_config, new_rows
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
+from muco_ds.models.head import vocabulary_head
 from muco_ds.models.lora import add_adapter
 from muco_ds.optim import build_optimizer
+from muco_ds.tasks.base import Task
+from muco_ds.tasks.compress import CompressTask
 from muco_ds.tasks.finetune import FineTuneTask
 from muco_ds.tasks.muco import MuCoTask
 
@@ -67,10 +74,10 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
     with env.agreement():
         backbone = load_config(config.model.path)
         processing = load_processing(config)
-        packer = processing.packer()
+        packer = build_packer(config, processing)
     reader, index = open_sources(config, packer)
     with env.agreement():
-        stage = build_stage(config, index, reader, packer.template)
+        stage = build_stage(config, index, reader, packer)
         check_kinds(index, config.task.turn_weights)
         if config.task.negatives and not len(index.negatives):
             raise UserError(
@@ -86,7 +93,7 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
         )
         plan = Plan(
             stage,
-            FlopsModel.from_config(backbone, train_vision=not config.model.freeze_vision, lora=config.model.lora),
+            _flops(config, backbone),
             mixture,
             pack_tokens=config.batch.pack_tokens,
             world_size=world_size or env.world_size(),
@@ -100,15 +107,40 @@ def load_processing(config: RunConfig) -> Processing:
     return Processing.load(config.model.path, settings, masks=config.task.reconstruct)
 
 
-def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatTemplate) -> Stage:
+def build_packer(config: RunConfig, processing: Processing) -> Packer:
+    """What renders the stage's dialogues, or conversations."""
+    packer = processing.packer()
+    if config.task.name == "coma_compress":
+        packer.conversations = ConversationTemplate(
+            packer.template,
+            picture_prompt=config.prompts.compress_picture,
+            text_prompt=config.prompts.compress_text,
+            answers_see=config.task.answers_see,
+            train_questions=config.task.train_questions,
+        )
+    return packer
+
+
+def _flops(config: RunConfig, backbone: PretrainedConfig) -> FlopsModel:
+    model = config.model
+    head = model.lora.rank == 0 or model.lora.train_embeddings == "all" and backbone.tie_word_embeddings
+    return FlopsModel.from_config(
+        backbone, train_vision=not model.freeze_vision, lora=model.lora, train_head=head
+    )
+
+
+def build_stage(config: RunConfig, index: Index, reader: Reader, packer: Packer) -> Stage:
     """The data half of the stage that `task.name` names, over these rows."""
     task, curriculum, seed = config.task, config.curriculum, config.run.seed
 
     def limit(last: int, first: int | None) -> Limit:
         return Limit(last) if first is None else Limit(last, first, curriculum.steps)
 
-    negatives = limit(task.negatives, curriculum.negatives)
-    if task.name == "finetune":
+    template, negatives = packer.template, limit(task.negatives, curriculum.negatives)
+    turns = limit(TURNS_PER_SAMPLE if task.turns is None else task.turns, curriculum.turns)
+    if packer.conversations is not None:
+        return CompressStage(index, reader, packer.conversations, seed=seed, turns=turns)
+    if task.name in ("finetune", "coma_match"):
         return FineTuneStage(
             index,
             reader,
@@ -126,15 +158,19 @@ def build_stage(config: RunConfig, index: Index, reader: Reader, template: ChatT
         seed=seed,
         query_history=task.query_history,
         target_history=task.target_history,
-        turns=limit(TURNS_PER_SAMPLE if task.turns is None else task.turns, curriculum.turns),
+        turns=turns,
         turn_weights=task.turn_weights,
         negatives=negatives,
     )
 
 
-def build_task(config: RunConfig, embedder: Embedder) -> MuCoTask:
-    """The loss half of the stage that `task.name` names."""
-    if config.task.name == "finetune":
+def build_task(config: RunConfig, embedder: Embedder, partition: dict[str, Any] | None) -> Task:
+    """The loss half of the stage that `task.name` names. `partition`: the DeepSpeed configuration of ZeRO-3."""
+    if config.task.name == "coma_compress":
+        trained = config.model.lora.rank == 0
+        head = vocabulary_head(embedder.model, config.model.path, trained=trained, partition=partition)
+        return CompressTask(embedder, head)
+    if config.task.name in ("finetune", "coma_match"):
         forms = 2 if config.task.reconstruct else 1
         return FineTuneTask(embedder, config.loss, forms=forms, compound=config.task.compound)
     return MuCoTask(embedder, config.loss)
@@ -143,9 +179,11 @@ def build_task(config: RunConfig, embedder: Embedder) -> MuCoTask:
 def build_reader(config: RunConfig, source: Source, key: str) -> M3TReader:
     """The rows of a data set as the stage needs them; held-out rows are questions and answers alone."""
     assert source.images is not None
+    if config.task.name == "coma_compress":
+        return ConversationReader(source.path, source.images, key)
     if key == "data.val":
         return M3TReader(source.path, source.images, key)
-    kind = PairReader if config.task.name == "finetune" else M3TReader
+    kind = PairReader if config.task.name in ("finetune", "coma_match") else M3TReader
     return kind(source.path, source.images, key, negatives=config.task.negatives > 0)
 
 
@@ -188,20 +226,31 @@ def open_rows(config: RunConfig, packer: Packer, source: Source, key: str) -> tu
     return reader, index
 
 
-def validation_records(config: RunConfig, packer: Packer) -> list[Record]:
-    """The first usable held-out rows, as many as `validation.rows` says; none if there is no validation."""
+def build_validation(config: RunConfig, data: Data) -> Validation | None:
+    """The judgement by the first usable held-out rows, as many as `validation.rows` says; None if there is none."""
     if not config.validation.every:
-        return []
+        return None
     assert config.data.val is not None
+    packer = data.packer
     reader, index = open_rows(config, packer, Source(config.data.val, config.data.images), "data.val")
     if len(index) < config.validation.rows and env.is_main():
         log.warning("validation uses the %d usable rows of data.val", len(index))
-    return [reader.record(int(row)) for row in index.samples["row"][: config.validation.rows]]
+    rows = min(len(index), config.validation.rows)
+    if config.task.name == "coma_compress":
+        with env.agreement():
+            stage = build_stage(config, index, reader, packer)
+            mixture = Mixture([len(index)], [None], images=rows, run=rows, seed=config.run.seed)
+            pack_tokens, world_size = config.batch.pack_tokens, env.world_size()
+            plan = Plan(stage, data.plan.flops, mixture, pack_tokens=pack_tokens, world_size=world_size)
+            return AnswerValidation(plan, packer)
+    records = [reader.record(int(row)) for row in index.samples["row"][:rows]]
+    sizes = config.loss.matryoshka or ()
+    return RetrievalValidation(records, packer, pack_tokens=config.batch.pack_tokens, sizes=sizes)
 
 
 def build_engine(
     config: RunConfig, processing: Processing, device: torch.device, *, load_universal: bool = False
-) -> tuple[Any, MuCoTask]:
+) -> tuple[Any, Any]:
     """The DeepSpeed engine and the task it runs, partitioned from the start under ZeRO-3. Collective.
 
     Args:
@@ -223,7 +272,9 @@ def build_engine(
     if config.model.activation_checkpointing:
         # The name before transformers 5.23, which Python 3.10 is left with, is gradient_checkpointing_enable.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    task = build_task(config, Embedder(model, freeze_vision=config.model.freeze_vision))
+    embedder = Embedder(model, freeze_vision=config.model.freeze_vision)
+    with env.agreement():
+        task = build_task(config, embedder, ds_config if stage == 3 else None)
     if stage < 3:
         task.to(device)
     for module in task.modules():  # zero.Init places parameters; rotary tables are buffers

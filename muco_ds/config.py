@@ -25,7 +25,7 @@ from muco_ds.config_lora import LoraOptions, check_adapter
 from muco_ds.config_loss import RANGES as LOSS_RANGES
 from muco_ds.config_loss import LossOptions, TemperatureOptions
 from muco_ds.config_matryoshka import check_sizes
-from muco_ds.config_task import PromptOptions, TaskOptions, check_task
+from muco_ds.config_task import PromptOptions, TaskOptions, check_compress, check_task
 from muco_ds.errors import UserError
 
 DEFAULT_DEEPSPEED = "ds_configs/zero3.json"
@@ -68,6 +68,9 @@ class ModelOptions:
     Args:
         path: Folder of a Hugging Face model (Qwen2-VL, Qwen2.5-VL or Qwen3-VL).
         pool_token: Token whose last state is the embedding; "<|im_end|>" needs no new token.
+        compression_tokens: Read each turn through so many tokens of their own, whose states' mean is the embedding, in
+            place of `pool_token` (CoMa paper: 32); 0: none. A compressed model must be given its own number.
+        template: Text around a turn: the backbone's "chat" format (MuCo), or none, "plain" (CoMa).
         freeze_vision: Keep the vision tower's weights fixed (paper: yes).
         attention: Backend of the packed attention; "auto" takes the fastest that is installed.
         activation_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
@@ -76,6 +79,8 @@ class ModelOptions:
 
     path: str
     pool_token: str = DEFAULT_POOL_TOKEN
+    compression_tokens: int = 0
+    template: Literal["chat", "plain"] = "chat"
     freeze_vision: bool = True
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
     activation_checkpointing: bool = True
@@ -260,6 +265,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "run.seed": (0, True, 2**32 - 1),  # numpy's largest seed
     "run.max_steps": (1, True, math.inf),
     "run.epochs": (0, False, math.inf),
+    "model.compression_tokens": (0, True, 1024),
     "model.lora.rank": (0, True, math.inf),
     "model.lora.alpha": (1, True, math.inf),
     "model.lora.dropout": (0, True, 1 - 1e-9),
@@ -326,7 +332,9 @@ def validate(config: RunConfig) -> None:
     config.temperature.check(config.loss.temperature)
     check_curriculum(config.curriculum, config.task)
     same = {name: getattr(config.loss, name) for name in ("same_target", "mask_same_image")}
-    check_task(config.task, config.prompts, **same)
+    check_task(config.task, config.prompts, config.model.compression_tokens, **same)
+    if config.task.name == "coma_compress":
+        check_compress(config.loss, config.temperature, config.curriculum.negatives)
     if run.precision == "fp32" and config.model.attention in ("flash_attn", "varlen"):
         raise UserError(f"model.attention={config.model.attention} needs run.precision=bf16: set model.attention=auto")
     if data.min_pixels > data.max_pixels:

@@ -44,10 +44,10 @@ def check_curriculum(curriculum: CurriculumOptions, task: TaskOptions) -> None:
             f"curriculum.steps is {curriculum.steps} but curriculum.turns and curriculum.negatives are null: set where "
             "to start, or steps to 0"
         )
-    if curriculum.turns is not None and task.name == "finetune":
+    if curriculum.turns is not None and task.name in ("finetune", "coma_match"):
         raise UserError(
-            f"curriculum.turns is {curriculum.turns} but task.name is finetune, whose rows are single pairs: set it to "
-            "null"
+            f"curriculum.turns is {curriculum.turns} but task.name is {task.name}, whose rows are single pairs: set it "
+            "to null"
         )
     for name in ("turns", "negatives"):
         start, end = getattr(curriculum, name), getattr(task, name)

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,15 +19,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from muco_ds.data.schema import StepBatch
 
-METRIC_KEYS = frozenset(
-    {"step", "loss", "lr", "grad_norm", "temperature", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s"}
-    | {"tokens_per_s", "mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "masked_frac"}
-    | {"same_image_frac", "same_target_frac", "false_negative_frac", "extra_positive_frac"}
+CONTRASTIVE_KEYS = frozenset(
+    {"temperature", "masked_frac", "same_image_frac", "same_target_frac", "false_negative_frac", "extra_positive_frac"}
     | {"in_batch_top1", "pos_sim", "hardest_neg_sim", "negatives"}
 )
-"""Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak.
-`masked_frac` is the sum of the three that follow it: row/key entries excluded for the row's image, else its target's
-text, else their similarity."""
+"""Of a contrastive loss; null where the task has another. `masked_frac` is the sum of the three that follow it:
+row/key entries excluded for the row's image, else its target's text, else their similarity."""
+
+METRIC_KEYS = CONTRASTIVE_KEYS | frozenset(
+    {"step", "loss", "lr", "grad_norm", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s", "tokens_per_s"}
+    | {"mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib"}
+)
+"""Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak."""
 
 
 class MetricsWriter:
@@ -71,9 +74,13 @@ class MetricsWriter:
             if key != "step" and value is not None:
                 self._board.add_scalar(f"train/{key}" if "/" not in key else key, value, step)
 
-    def picture(self, tag: str, image: np.ndarray, step: int) -> None:
-        """`image`: uint8 [height, width, 3]."""
-        self._board.add_image(tag, image, step, dataformats="HWC")
+    def show(self, shown: Mapping[str, np.ndarray | str], step: int) -> None:
+        """By tag: pictures, uint8 [height, width, 3], and texts in Markdown."""
+        for tag, content in shown.items():
+            if isinstance(content, str):
+                self._board.add_text(tag, content, step)
+            else:
+                self._board.add_image(tag, content, step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()
@@ -120,7 +127,7 @@ class Meter:
         return rates
 
 
-def mask_fractions(total: dict[str, float]) -> dict[str, float]:
+def mask_fractions(total: Mapping[str, float]) -> dict[str, float]:
     """Shares of the row/key entries that are no negatives for each reason, from the loss's sums over all ranks."""
     entries = total["entries"]
     fractions = {

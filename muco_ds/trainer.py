@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,30 +16,25 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from muco_ds.build import build_data, build_engine, validation_records
+from muco_ds.build import build_data, build_engine, build_validation
 from muco_ds.checkpoint import Checkpoints, load_files
 from muco_ds.config import RunConfig, save_config
 from muco_ds.data.draws import DROPOUT, draw_u64
 from muco_ds.data.loader import step_batches
 from muco_ds.data.plan import spread_steps
-from muco_ds.data.schema import PackedBatch, StepBatch
+from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env
-from muco_ds.distributed.gradient_cache import cached_backward
 from muco_ds.distributed.lockstep import Lockstep
 from muco_ds.distributed.watchdog import Watchdog
 from muco_ds.errors import UserError
-from muco_ds.eval.m3t import M3TTask
-from muco_ds.eval.picture import retrieval_picture
 from muco_ds.flops import peak_flops
-from muco_ds.metrics import Meter, MetricsWriter, mask_fractions, peak_memory_gib
-from muco_ds.models.embedder import DeviceRoom, KeptVision
+from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
 from muco_ds.nonfinite import NonFiniteGuard
 from muco_ds.optim import learning_rate
 from muco_ds.reshard import load_universal, universal_form, unusable
 from muco_ds.resume import Start, check_base, check_same_run, describe_base, describe_data
-from muco_ds.tasks.muco import TaskLoss
 from muco_ds.temperature import Temperature
 
 log = logging.getLogger(__name__)
@@ -59,7 +54,7 @@ class Trainer:
         self.folder = Path(config.run.dir) / config.run.name
         self.lockstep = Lockstep()
         self.data = build_data(config)  # first, because its mistakes are found in seconds
-        self.validation = validation_records(config, self.data.packer)
+        self.validation = build_validation(config, self.data)
         self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
         self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
         self.temperature = Temperature(config.temperature, config.loss.temperature, device)
@@ -134,7 +129,7 @@ class Trainer:
         batch = self.data.steps(self.max_steps)[largest.step]
         if isinstance(batch, UserError):
             raise batch
-        result = self._backward(batch, self.temperature.at(largest.step))
+        result = self.task.backward(self.engine, batch, self.temperature.at(largest.step))
         log.info(
             "dry run: %d steps planned, %d per epoch; largest step %d has %d tokens (fill %.2f, imbalance %.3f), "
             "loss %.3f, peak memory %.2f GiB",
@@ -152,35 +147,12 @@ class Trainer:
         """One optimizer step; returns the local sums of the loss's statistics, on the device."""
         # Dropout is a function of seed, step and rank, so that a resumed run draws as it would have.
         torch.manual_seed(int(draw_u64(self.config.run.seed, batch.step, np.array([env.rank()]), DROPOUT)[0]))
-        result = self._backward(batch, self.temperature.at(batch.step))
+        result = self.task.backward(self.engine, batch, self.temperature.at(batch.step))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(batch.step, self.max_steps, self.config.optim)
         self.guard.step(self.engine, batch, result.stats["loss"])  # clip, AdamW; not where the gradient is not finite
         self.temperature.step(taken=self.guard.in_a_row == 0)
         return result.stats
-
-    def _backward(self, batch: StepBatch, temperature: float | torch.Tensor) -> TaskLoss:
-        """Gradient of the loss of this rank's queries against the keys of all ranks, packed as memory allows."""
-        if len(batch.packs) == 1:
-            emb_ED = self._embed(batch.packs[0])  # all queries and targets of this rank in one forward
-            result = self.task.loss([emb_ED], batch.packs, batch.rows_per_rank, temperature)
-            self.engine.backward(result.loss)
-            return result
-
-        def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:
-            result = self.task.loss(emb_parts, batch.packs, batch.rows_per_rank, temperature)
-            return result.loss, result
-
-        room = DeviceRoom()
-        return cached_backward(
-            self.engine, [partial(self._embed, pack, KeptVision(room)) for pack in batch.packs], loss_of
-        )
-
-    def _embed(self, pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
-        """Embeddings of a pack, emb_ED. A pack is on the device while it is worked on: pixels are most of a batch."""
-        if kept is not None and kept.filled:
-            pack = replace(pack, pixels_PC=pack.pixels_PC[:0])
-        return self.engine(pack.to(self.device), kept)
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
         """Batches with the seconds the loop had to wait for each."""
@@ -203,7 +175,6 @@ class Trainer:
         replaced = torch.tensor(float(meter.replaced_images), device=self.device)
         totals = env.sum_over_ranks(torch.stack([*(stats[name].float() for name in names), replaced])).tolist()
         total = dict(zip([*names, "replaced_images"], totals, strict=True))
-        rows = total["rows"]
         rates = meter.rates(env.world_size(), peak_flops(self.device))
         values: dict[str, float | int | None] = {
             "step": batch.step + 1,
@@ -221,39 +192,26 @@ class Trainer:
             "pack_fill": batch.cost["pack_fill"],
             "imbalance": batch.cost["imbalance"],
             "peak_mem_gib": peak_memory_gib(self.device),
-            **mask_fractions(total),
-            "in_batch_top1": total["top1"] / rows,
-            "pos_sim": total["pos_sim"] / rows,
-            "hardest_neg_sim": total["hardest_neg_sim"] / max(1.0, total["negative_rows"]),
+            **self.task.metrics(total),
             "replaced_images": int(total["replaced_images"]),
             "skipped_steps": self.guard.skipped,
             **held_out,
         }
         if self.metrics is not None:
             self.metrics.write(values)
-        return f"loss {total['loss']:.3f} top1 {values['in_batch_top1']:.2f} {rates['pairs_per_s']:.0f} pairs/s"
+        top1 = "" if values["in_batch_top1"] is None else f" top1 {values['in_batch_top1']:.2f}"
+        return f"loss {total['loss']:.3f}{top1} {rates['pairs_per_s']:.0f} pairs/s"
 
     def _validate(self, step: int) -> dict[str, float]:
-        """precision@1 on held-out rows, for the log, and a picture of some answers. Collective."""
-        task = M3TTask.from_records(self.validation)
-        pack_tokens = self.config.batch.pack_tokens
+        """What held-out rows say, for the log. Collective."""
+        if self.validation is None:
+            return {}
         self.engine.eval()
-        rankings = task.rank(
-            *(self.engine, self.data.packer),
-            pack_tokens=pack_tokens,
-            device=self.device,
-            progress=False,
-            sizes=self.config.loss.matryoshka or (),
-        )
+        found = self.validation(self.engine, self.device)
         self.engine.train()
         if self.metrics is not None:
-            self.metrics.picture("val/answers", retrieval_picture(task, rankings[max(rankings)]), step)
-        return {
-            f"val/{name}/{key}": value
-            for name, entry in task.results(rankings).items()
-            for key, value in entry.items()
-            if key.startswith("precision@1")
-        }
+            self.metrics.show(found.shown, step)
+        return found.values
 
     def _probe(self) -> torch.Tensor:
         """Embeddings of the fixed probe items by the model as it is now. Collective."""

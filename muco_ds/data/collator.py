@@ -60,7 +60,10 @@ class Packer:
             return self.template.render(texts, grids, merge_size, side.history)
         assert self.conversations is not None
         context, *turns = texts
-        return self.conversations.render(context, turns[0::2], turns[1::2], grids, merge_size)
+        questions, answers = turns[0::2], turns[1::2]
+        return self.conversations.render(
+            context, questions, answers, grids, merge_size, unfinished=dialogue.unfinished
+        )
 
     def _spare(self) -> PackedBatch:
         """What a rank works on while others have one pack more: next to nothing, but a forward like any other."""

@@ -11,18 +11,12 @@ Shape suffixes: L tokens of one conversation, B conversations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 
+from muco_ds.config_task import Seen
 from muco_ds.data.segments import Segment, causal
 from muco_ds.data.templates import END, ChatTemplate, Grid, Rendered, Writer
-
-Seen = Literal["tokens", "prompt", "all", "nothing"]
-"""What questions and answers see of the part before them: compression tokens; these and the summary prompt; also the
-pictures and the context; none of it."""
-
-_NOTHING = np.zeros(0, np.int64)
 
 
 class ConversationTemplate:
@@ -31,7 +25,7 @@ class ConversationTemplate:
     Args:
         chat: with compression tokens.
         picture_prompt, text_prompt: what asks for a summary, behind pictures or behind text alone.
-        answers_see: see `Seen`.
+        answers_see: compression tokens; these and the summary prompt; also the pictures and the context; none of it.
         train_questions: predict every token behind the compression tokens, not the answers alone.
     """
 
@@ -44,7 +38,7 @@ class ConversationTemplate:
         answers_see: Seen = "tokens",
         train_questions: bool = False,
     ) -> None:
-        assert answers_see in get_args(Seen) and chat.compression_tokens
+        assert chat.compression_tokens
         self.chat, self.answers_see, self.train_questions = chat, answers_see, train_questions
         self._tokens = chat.pooled_ids
         self._prompts = {True: chat.encode_texts([picture_prompt])[0], False: chat.encode_texts([text_prompt])[0]}
@@ -87,7 +81,7 @@ class ConversationTemplate:
         ids_L, positions_4L = writer.ids(), writer.positions()
         if unfinished:
             ids_L, positions_4L = ids_L[: -len(self._end)], positions_4L[:, : -len(self._end)]
-            labels, rows = _NOTHING, [len(ids_L) - 1]
+            labels, rows = np.zeros(1, np.int64), [len(ids_L) - 1]  # not known yet
         else:
             if self.train_questions:
                 predicted = [(compressed, len(ids_L))]

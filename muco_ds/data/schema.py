@@ -37,12 +37,16 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Pictures and text to be compressed, and questions that must be answered from what was compressed."""
+    """Pictures and text to be compressed, and questions that must be answered from what was compressed.
+
+    `unfinished`: the last answer is to be continued by its next token.
+    """
 
     questions: tuple[str, ...]
-    answers: tuple[str, ...]
+    answers: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
     context: str = ""
+    unfinished: bool = False
 
 
 QUERY, TARGET, NEGATIVE = range(3)

@@ -58,7 +58,7 @@ def cached_backward(
             kept.append(forward().detach().requires_grad_())
     loss, result = loss_of(kept)
     loss.backward()
-    with _one_reduction(engine) as last:
+    with one_reduction(engine) as last:
         for i, (forward, state, emb_ED) in enumerate(zip(forwards, states, kept, strict=True)):
             last(i == len(forwards) - 1)
             _restore(state)
@@ -70,8 +70,12 @@ def cached_backward(
 
 
 @contextmanager
-def _one_reduction(engine: Any) -> Iterator[Callable[[bool], None]]:
-    """Gradients of several backward passes stay local and are averaged over the ranks once."""
+def one_reduction(engine: Any) -> Iterator[Callable[[bool], None]]:
+    """Gradients of several backward passes stay local and are averaged over the ranks once.
+
+    Yields:
+        what is called before each of them, with whether it is the last.
+    """
     if _coalesces(engine):
         with engine.coalesce_grad_reduction():
             yield lambda _last: None

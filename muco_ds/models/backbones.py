@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from muco_ds.data.templates import MASK
+from muco_ds.data.templates import COMPRESSION_TOKEN, MASK
 from muco_ds.errors import UserError
 from muco_ds.families import FAMILIES
 from muco_ds.models.attention import BACKENDS, register_attention
@@ -42,11 +43,14 @@ def load_config(path: str) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(path: str, pool_token: str, *, masks: bool = False) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, pool_token: str, *, masks: bool = False, compression: int = 0) -> PreTrainedTokenizerFast:
     """The folder's tokenizer with `<|emb|>` and `<|mask|>` added behind its last token (spare vocabulary rows).
 
     With another `model.pool_token`, which must be one of the tokenizer's own, nothing is added but the mask, and that
-    only for a stage that masks words (`masks`).
+    only for a stage that masks words (`masks`). With `compression` tokens those are added in place of `<|emb|>`.
+
+    Raises:
+        UserError: no tokenizer, an unknown pool token, a model that was compressed with another number of tokens.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -56,7 +60,14 @@ def load_tokenizer(path: str, pool_token: str, *, masks: bool = False) -> PreTra
         raise UserError(f"model.path: '{path}' has no tokenizer.json: save its tokenizer in the fast format")
     if pool_token != EMB_TOKEN and pool_token not in tokenizer.get_vocab():
         raise UserError(f"model.pool_token: '{pool_token}' is not a token of '{path}': use {EMB_TOKEN} or <|im_end|>")
-    new = [EMB_TOKEN, MASK] if pool_token == EMB_TOKEN else [MASK] * masks
+    present = len(compression_ids(tokenizer))
+    if compression and present not in (0, compression):
+        problem = f"model.compression_tokens is {compression} but '{path}' was compressed with {present}"
+        raise UserError(f"{problem}: set it to {present}")
+    if compression:
+        new = [COMPRESSION_TOKEN.format(i) for i in range(compression)] + [MASK] * masks
+    else:
+        new = [EMB_TOKEN, MASK] if pool_token == EMB_TOKEN else [MASK] * masks
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     return tokenizer
@@ -65,7 +76,15 @@ def load_tokenizer(path: str, pool_token: str, *, masks: bool = False) -> PreTra
 def new_rows(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of those tokens in a tokenizer that `load_tokenizer` may have added."""
     vocabulary = tokenizer.get_vocab()
-    return [vocabulary[token] for token in (EMB_TOKEN, MASK) if token in vocabulary]
+    own = [vocabulary[token] for token in (EMB_TOKEN, MASK) if token in vocabulary]
+    return own + compression_ids(tokenizer)
+
+
+def compression_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of the compression tokens in a tokenizer, by their numbers."""
+    pattern = re.compile(re.escape(COMPRESSION_TOKEN).replace(r"\{\}", r"(\d+)"))
+    found = ((pattern.fullmatch(token), row) for token, row in tokenizer.get_vocab().items())
+    return [row for _, row in sorted((int(match[1]), row) for match, row in found if match)]
 
 
 def load_image_processor(path: str) -> Qwen2VLImageProcessorPil:

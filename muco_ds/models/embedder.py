@@ -35,7 +35,7 @@ Item = str | Image.Image | Mapping[str, Any]
 
 
 class PoolingNorm(nn.Module):
-    """Takes the place of the text tower's final norm: pools, normalises and scales E rows instead of T.
+    """Takes the place of the text tower's final norm: works on E rows instead of T, and pools them.
 
     It keeps the norm's own weight under the norm's own name, so checkpoints are those of the stock model, and because
     the weight is used in the forward of the module that owns it, ZeRO-3 gathers it there.
@@ -44,21 +44,25 @@ class PoolingNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.weight: torch.Tensor = norm.weight  # type: ignore[assignment]
-        self.eps: float = norm.variance_epsilon  # type: ignore[assignment]
-        self._emb_index_E: torch.Tensor | None = None
+        self.variance_epsilon: float = norm.variance_epsilon  # type: ignore[assignment]
+        self._stock = type(norm).forward
+        self._pack: PackedBatch | None = None
 
     @contextmanager
-    def at(self, emb_index_E: torch.Tensor) -> Iterator[None]:
-        """Pool these rows in the forward run inside the context."""
-        self._emb_index_E = emb_index_E
+    def reading(self, pack: PackedBatch) -> Iterator[None]:
+        """Read the rows that this pack lists, in the forward run inside the context."""
+        self._pack = pack
         try:
             yield
         finally:
-            self._emb_index_E = None
+            self._pack = None
 
     def forward(self, hidden_1TD: torch.Tensor) -> torch.Tensor:
-        assert self._emb_index_E is not None, "call inside `at(emb_index_E)`"
-        return pool_normalize(hidden_1TD[0], self._emb_index_E, self.weight, self.eps)
+        assert self._pack is not None, "call inside `reading(pack)`"
+        pack, hidden_TD = self._pack, hidden_1TD[0]
+        if pack.labels_E is not None:
+            return self._stock(self, hidden_TD.index_select(0, pack.emb_index_E))
+        return pool_normalize(hidden_TD, pack.emb_index_E, self.weight, self.variance_epsilon, span=pack.span)
 
 
 KEPT_ON_DEVICE = 2 * 2**30
@@ -189,6 +193,8 @@ class Embedder(nn.Module):
     def forward(self, batch: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
         """Embeddings of every pooled row of a pack, [E, D] float32, unit length.
 
+        Of a pack of conversations: the last layer's states that predict its labels, after the final norm, [E, D].
+
         Args:
             kept: where the output of a frozen vision tower is left by the first forward of this pack and found by the
                 second.
@@ -199,7 +205,7 @@ class Embedder(nn.Module):
         inputs_1TD = text.embed_tokens(batch.input_ids_T)[None]
         inputs_1TD = inputs_1TD.masked_scatter(image_1T[..., None], features_ND.to(inputs_1TD.dtype))
         deepstack = {"visual_pos_masks": image_1T, "deepstack_visual_embeds": deep} if deep else {}
-        with text.norm.at(batch.emb_index_E):
+        with text.norm.reading(batch):
             out = text(
                 inputs_embeds=inputs_1TD,
                 position_ids=batch.position_ids_41T,

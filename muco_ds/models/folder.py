@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -36,14 +37,22 @@ class Settings:
     max_pixels: int
     short_side: int | None
     matryoshka: list[int] = field(default_factory=list)
+    compression_tokens: int = 0
+    template: Literal["chat", "plain"] = "chat"
 
     @classmethod
     def of_run(cls, config: RunConfig, width: int) -> Settings:
         """`width`: of the whole embedding. Raises UserError where `loss.matryoshka` holds a larger size."""
         sizes = sizes_of(config.loss.matryoshka, width)
-        data = config.data
+        model, data = config.model, config.data
         return cls(
-            config.model.pool_token, data.min_pixels, data.max_pixels, data.short_side, sizes if len(sizes) > 1 else []
+            pool_token=model.pool_token,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            short_side=data.short_side,
+            matryoshka=sizes if len(sizes) > 1 else [],
+            compression_tokens=model.compression_tokens,
+            template=model.template,
         )
 
     @property
@@ -62,11 +71,18 @@ class Processing:
     @classmethod
     def load(cls, path: str, settings: Settings, *, masks: bool = False) -> Processing:
         """From a backbone folder (new tokens are added, see `load_tokenizer`) or from one of our own."""
-        return cls(load_tokenizer(path, settings.pool_token, masks=masks), load_image_processor(path), settings)
+        tokenizer = load_tokenizer(path, settings.pool_token, masks=masks, compression=settings.compression_tokens)
+        return cls(tokenizer, load_image_processor(path), settings)
 
     def packer(self) -> Packer:
-        images = ImagePipeline(self.image_processor, self.settings.limits)
-        return Packer(ChatTemplate(self.tokenizer, self.settings.pool_token), images)
+        settings = self.settings
+        template = ChatTemplate(
+            self.tokenizer,
+            settings.pool_token,
+            compression_tokens=settings.compression_tokens,
+            template=settings.template,
+        )
+        return Packer(template, ImagePipeline(self.image_processor, settings.limits))
 
     def save(self, path: Path, config: PretrainedConfig) -> None:
         """Write everything but the weights."""

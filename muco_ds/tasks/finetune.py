@@ -20,7 +20,8 @@ from muco_ds.config import LossOptions
 from muco_ds.data.schema import PackedBatch, RowCounts, by_side
 from muco_ds.losses import InfoNCE
 from muco_ds.models.embedder import Embedder
-from muco_ds.tasks.muco import MuCoTask, Rows, TaskLoss, sides
+from muco_ds.tasks.base import TaskLoss
+from muco_ds.tasks.muco import MuCoTask, Rows, sides, summed
 
 
 class FineTuneTask(MuCoTask):
@@ -58,7 +59,7 @@ class FineTuneTask(MuCoTask):
         if self.options.symmetric:
             back = self._terms(target, query, queries, negative.part(slice(0)), [0] * world_size, temperature)
             loss_S = (loss_S + torch.stack([term.loss_sum for term in back]).sum(0) * scale) / 2
-        return TaskLoss.of(loss_S, terms, world_size, self.sizes(emb_ED))
+        return summed(loss_S, terms, world_size, self.sizes(emb_ED))
 
     def _terms(
         self,

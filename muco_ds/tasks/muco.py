@@ -6,8 +6,9 @@ sizes of the embedding that are trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,34 +16,18 @@ from torch import nn
 
 from muco_ds.config import LossOptions
 from muco_ds.config_matryoshka import sizes_of
-from muco_ds.data.schema import PackedBatch, RowCounts, by_side
+from muco_ds.data.schema import PackedBatch, RowCounts, StepBatch, by_side
 from muco_ds.distributed.gather import gather_rows, gather_table
+from muco_ds.distributed.gradient_cache import cached_backward
 from muco_ds.distributed.ring import ring_info_nce
 from muco_ds.losses import InfoNCE, RowIds, false_negative_limit, info_nce
 from muco_ds.losses.matryoshka import over_sizes
-from muco_ds.models.embedder import Embedder, KeptVision
+from muco_ds.metrics import mask_fractions
+from muco_ds.models.embedder import DeviceRoom, Embedder, KeptVision
+from muco_ds.tasks.base import TaskLoss
 
 GATHERED_BYTES = 2**30
 """Most bytes of keys that every rank gathers: beyond, a ring costs a rank less memory and hides its transfers."""
-
-
-@dataclass(frozen=True)
-class TaskLoss:
-    """`loss` is this rank's part, scaled so that the mean over ranks is the global mean; `stats` are local sums."""
-
-    loss: torch.Tensor
-    stats: dict[str, torch.Tensor]
-
-    @classmethod
-    def of(cls, loss_S: torch.Tensor, terms: Sequence[InfoNCE], world_size: int, sizes: Sequence[int]) -> TaskLoss:
-        """The mean over sizes, with the statistics of all terms together: those of `InfoNCE`, `rows`, and the `loss`
-        that sums to it; `loss_64` and so on where there are several sizes."""
-        loss = loss_S.mean()
-        stats = {name: torch.stack([term.stats[name] for term in terms]).sum() for name in terms[0].stats}
-        rows = torch.full((), sum(term.count for term in terms), device=loss.device, dtype=torch.float32)
-        parts = loss_S.detach() / world_size
-        by_size = {f"loss_{size}": part for size, part in zip(sizes, parts, strict=True)} if len(sizes) > 1 else {}
-        return cls(loss, {**stats, **by_size, "rows": rows, "loss": loss.detach() / world_size})
 
 
 @dataclass(frozen=True)
@@ -60,10 +45,7 @@ class Rows:
 
 
 class MuCoTask(nn.Module):
-    """Model and objective of the stage. Parameters live in `embedder`, under the stock model's names.
-
-    The engine runs `forward`, where ZeRO-3 gathers parameters; `loss` has none and is called on what forward returned.
-    """
+    """A `Task`. The engine runs `forward`, where ZeRO-3 gathers parameters; `loss` has none."""
 
     def __init__(self, embedder: Embedder, options: LossOptions) -> None:
         super().__init__()
@@ -73,6 +55,35 @@ class MuCoTask(nn.Module):
     def forward(self, pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
         """Embeddings of a pack, emb_ED; this is what the DeepSpeed engine runs."""
         return self.embedder(pack, kept)
+
+    def backward(self, engine: Any, batch: StepBatch, temperature: float | torch.Tensor) -> TaskLoss:
+        """Gradient of the loss of this rank's queries against the keys of all ranks, packed as memory allows."""
+
+        def embed(pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
+            """A pack is on the device while it is worked on: pixels are most of a batch."""
+            if kept is not None and kept.filled:
+                pack = replace(pack, pixels_PC=pack.pixels_PC[:0])
+            return engine(pack.to(engine.device), kept)
+
+        def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:
+            result = self.loss(emb_parts, batch.packs, batch.rows_per_rank, temperature)
+            return result.loss, result
+
+        if len(batch.packs) == 1:  # all queries and targets of this rank in one forward
+            loss, result = loss_of([embed(batch.packs[0])])
+            engine.backward(loss)
+            return result
+        room = DeviceRoom()
+        return cached_backward(engine, [partial(embed, pack, KeptVision(room)) for pack in batch.packs], loss_of)
+
+    def metrics(self, total: Mapping[str, float]) -> dict[str, float | None]:
+        """Shares of what is masked, and how queries rank the keys."""
+        return {
+            **mask_fractions(total),
+            "in_batch_top1": total["top1"] / total["rows"],
+            "pos_sim": total["pos_sim"] / total["rows"],
+            "hardest_neg_sim": total["hardest_neg_sim"] / max(1.0, total["negative_rows"]),
+        }
 
     def loss(
         self,
@@ -97,7 +108,7 @@ class MuCoTask(nn.Module):
             query_counts = [rows.queries for rows in rows_per_rank]
             backward = self._info_nce(target, query, query, query_counts, temperature)
             loss_S = (loss_S + backward.loss_sum * (world_size / sum(rows.targets for rows in rows_per_rank))) / 2
-        return TaskLoss.of(loss_S, [forward], world_size, self.sizes(emb_ED))
+        return summed(loss_S, [forward], world_size, self.sizes(emb_ED))
 
     def sizes(self, emb_ED: torch.Tensor) -> list[int]:
         """The sizes of the embedding that are trained, ascending, D last."""
@@ -138,6 +149,19 @@ class MuCoTask(nn.Module):
         if self.options.key_exchange != "auto":
             return self.options.key_exchange == "ring"
         return sum(counts) * key_ND.shape[1] * key_ND.element_size() > GATHERED_BYTES
+
+
+def summed(
+    loss_S: torch.Tensor, terms: Sequence[InfoNCE], world_size: int, sizes: Sequence[int]
+) -> TaskLoss:
+    """The mean over sizes, with the statistics of all terms together: those of `InfoNCE`, `rows`, and the `loss` that
+    sums to it; `loss_64` and so on where there are several sizes."""
+    loss = loss_S.mean()
+    stats = {name: torch.stack([term.stats[name] for term in terms]).sum() for name in terms[0].stats}
+    rows = torch.full((), sum(term.count for term in terms), device=loss.device, dtype=torch.float32)
+    parts = loss_S.detach() / world_size
+    by_size = {f"loss_{size}": part for size, part in zip(sizes, parts, strict=True)} if len(sizes) > 1 else {}
+    return TaskLoss(loss, {**stats, **by_size, "rows": rows, "loss": loss.detach() / world_size})
 
 
 def sides(emb_ED: torch.Tensor, ids_E3: torch.Tensor, counts: RowCounts) -> list[Rows]:
