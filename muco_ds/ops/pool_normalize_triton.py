@@ -1,14 +1,16 @@
-"""Triton kernels behind ``muco_ds.ops.pool_normalize``: one program per pooled row, fewer backward.
+"""Triton kernels behind ``muco_ds.ops.pool_normalize``: one program per embedding, fewer backward.
 
-Shape legend: T tokens of the packed row, D hidden size, E embeddings, P programs of the backward.
+Shape legend: T tokens of the packed row, D hidden size, E embeddings, S rows per embedding (the span), R = E * S
+pooled rows, P programs of the backward.
 
-With x a pooled row, n = x * rstd, y = n * w, v = 1 / max(|y|, L2_EPS) and e = y * v, the gradient g of e goes back as
+With x_s the rows of an embedding, n_s = x_s * rstd_s, m = mean_S n_s, y = m * w, v = 1 / max(|y|, L2_EPS) and
+e = y * v, the gradient g of e goes back as
 
     dy = v * (g - e (e . g))    (dy = v * g where |y| was clamped)
-    dw = sum_E dy * n
-    dx = rstd * (dy * w - n * mean(dy * w * n))
+    dw = sum_E dy * m
+    dx_s = rstd_s * (dn - n_s * mean_D(dn * n_s))    with dn = dy * w / S
 
-Only rstd and v are saved per row; n, y and e are recomputed from x.
+Only rstd and v are saved; n, y and e are recomputed from x.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from muco_ds.ops.pool_normalize import L2_EPS
+from muco_ds.ops.pool_normalize import L2_EPS, span_rows
 
 # Fixed, not the number of multiprocessors: the order of the weight gradient's sum is then the same on every GPU.
 BACKWARD_PROGRAMS = 128
@@ -38,25 +40,29 @@ def _forward_kernel(
     dim,
     eps,
     l2_eps,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    emb = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < dim
-    token = tl.load(index_ptr + row)
-    # Upcast before any arithmetic: half precision would lose the statistics, and Triton's interpreter computes bf16
-    # wrongly.
-    x = tl.load(hidden_ptr + token * stride_t + col, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / dim + eps)
-    y = x * rstd * weight
+    first_token = tl.load(index_ptr + emb) - (SPAN - 1)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for s in range(SPAN):
+        # Upcast before any arithmetic: half precision would lose the statistics, and Triton's interpreter computes
+        # bf16 wrongly.
+        x = tl.load(hidden_ptr + (first_token + s) * stride_t + col, mask=inside, other=0.0).to(tl.float32)
+        rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / dim + eps)
+        tl.store(rstd_ptr + emb * SPAN + s, rstd)
+        total += x * rstd
+    y = total / SPAN * weight
     inv_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, axis=0)), l2_eps)
-    tl.store(emb_ptr + row * dim + col, y * inv_norm, mask=inside)
-    tl.store(rstd_ptr + row, rstd)
-    tl.store(inv_norm_ptr + row, inv_norm)
+    tl.store(emb_ptr + emb * dim + col, y * inv_norm, mask=inside)
+    tl.store(inv_norm_ptr + emb, inv_norm)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_embs"])
 def _backward_kernel(
     grad_emb_ptr,
     hidden_ptr,
@@ -67,9 +73,10 @@ def _backward_kernel(
     inv_norm_ptr,
     grad_row_ptr,
     grad_weight_ptr,
-    n_rows,
+    n_embs,
     dim,
     l2_eps,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0)
@@ -77,66 +84,73 @@ def _backward_kernel(
     inside = col < dim
     weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([BLOCK], dtype=tl.float32)
-    for row32 in range(first, n_rows, tl.num_programs(0)):
-        row = tl.cast(row32, tl.int64)
-        token = tl.load(index_ptr + row)
-        x = tl.load(hidden_ptr + token * stride_t + col, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_emb_ptr + row * dim + col, mask=inside, other=0.0)
-        rstd = tl.load(rstd_ptr + row)
-        inv_norm = tl.load(inv_norm_ptr + row)
-        normed = x * rstd
-        emb = normed * weight * inv_norm
+    for emb32 in range(first, n_embs, tl.num_programs(0)):
+        emb = tl.cast(emb32, tl.int64)
+        grad = tl.load(grad_emb_ptr + emb * dim + col, mask=inside, other=0.0)
+        inv_norm = tl.load(inv_norm_ptr + emb)
+        first_token = tl.load(index_ptr + emb) - (SPAN - 1)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for s in range(SPAN):
+            x = tl.load(hidden_ptr + (first_token + s) * stride_t + col, mask=inside, other=0.0).to(tl.float32)
+            total += x * tl.load(rstd_ptr + emb * SPAN + s)
+        mean = total / SPAN
+        unit = mean * weight * inv_norm
         # A clamped norm is a constant: only the unclamped one has a gradient of its own.
-        radial = tl.where(inv_norm * l2_eps < 1.0, tl.sum(emb * grad, axis=0), 0.0)
-        grad_y = inv_norm * (grad - emb * radial)
-        grad_weight += grad_y * normed
-        grad_n = grad_y * weight
-        grad_x = rstd * (grad_n - normed * (tl.sum(grad_n * normed, axis=0) / dim))
-        tl.store(grad_row_ptr + row * dim + col, grad_x.to(grad_row_ptr.dtype.element_ty), mask=inside)
+        radial = tl.where(inv_norm * l2_eps < 1.0, tl.sum(unit * grad, axis=0), 0.0)
+        grad_y = inv_norm * (grad - unit * radial)
+        grad_weight += grad_y * mean
+        grad_n = grad_y * weight / SPAN
+        for s in range(SPAN):
+            x = tl.load(hidden_ptr + (first_token + s) * stride_t + col, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + emb * SPAN + s)
+            normed = x * rstd
+            grad_x = rstd * (grad_n - normed * (tl.sum(grad_n * normed, axis=0) / dim))
+            row = (emb * SPAN + s) * dim
+            tl.store(grad_row_ptr + row + col, grad_x.to(grad_row_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_weight_ptr + first.to(tl.int64) * dim + col, grad_weight, mask=inside)
 
 
-def _launch_options(dim: int) -> dict[str, int]:
+def _launch_options(dim: int, span: int) -> dict[str, int]:
     block = triton.next_power_of_2(dim)
-    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8 if block <= 4096 else 16}
+    return {"SPAN": span, "BLOCK": block, "num_warps": 4 if block <= 2048 else 8 if block <= 4096 else 16}
 
 
 class _PoolNormalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float
+        ctx: Any, hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, span: int
     ) -> torch.Tensor:
         if hidden_TD.stride(1) != 1:
             hidden_TD = hidden_TD.contiguous()
         emb_index_E, norm_weight_D = emb_index_E.contiguous(), norm_weight_D.contiguous()
-        n_rows, dim = len(emb_index_E), hidden_TD.shape[1]
-        emb_ED = torch.empty(n_rows, dim, dtype=torch.float32, device=hidden_TD.device)
-        rstd_E = torch.empty(n_rows, dtype=torch.float32, device=hidden_TD.device)
-        inv_norm_E = torch.empty_like(rstd_E)
+        n_embs, dim = len(emb_index_E), hidden_TD.shape[1]
+        emb_ED = torch.empty(n_embs, dim, dtype=torch.float32, device=hidden_TD.device)
+        rstd_ES = torch.empty(n_embs, span, dtype=torch.float32, device=hidden_TD.device)
+        inv_norm_E = torch.empty(n_embs, dtype=torch.float32, device=hidden_TD.device)
         with torch.cuda.device_of(hidden_TD):  # Triton launches on the current device
-            _forward_kernel[(n_rows,)](
+            _forward_kernel[(n_embs,)](
                 hidden_TD,
                 hidden_TD.stride(0),
                 emb_index_E,
                 norm_weight_D,
                 emb_ED,
-                rstd_E,
+                rstd_ES,
                 inv_norm_E,
                 dim,
                 eps,
                 L2_EPS,
-                **_launch_options(dim),
+                **_launch_options(dim, span),
             )
-        ctx.save_for_backward(hidden_TD, emb_index_E, norm_weight_D, rstd_E, inv_norm_E)
+        ctx.save_for_backward(hidden_TD, emb_index_E, norm_weight_D, rstd_ES, inv_norm_E)
         return emb_ED
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_emb_ED: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
-        hidden_TD, emb_index_E, norm_weight_D, rstd_E, inv_norm_E = ctx.saved_tensors
-        n_rows, dim = len(emb_index_E), hidden_TD.shape[1]
-        n_programs = min(n_rows, BACKWARD_PROGRAMS)
-        grad_row_ED = torch.empty(n_rows, dim, dtype=hidden_TD.dtype, device=hidden_TD.device)
+    def backward(ctx: Any, grad_emb_ED: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None, None]:
+        hidden_TD, emb_index_E, norm_weight_D, rstd_ES, inv_norm_E = ctx.saved_tensors
+        (n_embs, span), dim = rstd_ES.shape, hidden_TD.shape[1]
+        n_programs = min(n_embs, BACKWARD_PROGRAMS)
+        grad_row_RD = torch.empty(n_embs * span, dim, dtype=hidden_TD.dtype, device=hidden_TD.device)
         grad_weight_PD = torch.empty(n_programs, dim, dtype=torch.float32, device=hidden_TD.device)
         with torch.cuda.device_of(hidden_TD):
             _backward_kernel[(n_programs,)](
@@ -145,23 +159,24 @@ class _PoolNormalize(torch.autograd.Function):
                 hidden_TD.stride(0),
                 emb_index_E,
                 norm_weight_D,
-                rstd_E,
+                rstd_ES,
                 inv_norm_E,
-                grad_row_ED,
+                grad_row_RD,
                 grad_weight_PD,
-                n_rows,
+                n_embs,
                 dim,
                 L2_EPS,
-                **_launch_options(dim),
+                **_launch_options(dim, span),
             )
         grad_hidden_TD = torch.zeros_like(hidden_TD)
         # Not index_add_: with a repeated index that is a race of atomics on CUDA, while this sorts and is reproducible.
-        grad_hidden_TD.index_put_((emb_index_E,), grad_row_ED, accumulate=True)
-        return grad_hidden_TD, None, grad_weight_PD.sum(0).to(norm_weight_D.dtype), None
+        grad_hidden_TD.index_put_((span_rows(emb_index_E, span),), grad_row_RD, accumulate=True)
+        return grad_hidden_TD, None, grad_weight_PD.sum(0).to(norm_weight_D.dtype), None, None
 
 
 def pool_normalize_triton(
-    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float
+    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, *, span: int = 1
 ) -> torch.Tensor:
     """``muco_ds.ops.pool_normalize`` by the kernels: CUDA tensors, or any under TRITON_INTERPRET=1."""
-    return _PoolNormalize.apply(hidden_TD, emb_index_E, norm_weight_D, eps)
+    assert span >= 1, span
+    return _PoolNormalize.apply(hidden_TD, emb_index_E, norm_weight_D, eps, span)

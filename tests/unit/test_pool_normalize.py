@@ -32,6 +32,32 @@ def test_equals_rms_norm_of_every_row_then_normalize(pool: Callable[..., torch.T
         assert (got_grad - want_grad).norm() < 1e-5 * want_grad.norm()
 
 
+@pytest.mark.parametrize("span", [2, 8, 32])
+@pytest.mark.parametrize("pool", [pool_normalize, pool_normalize_reference])
+def test_span_equals_rms_norm_of_every_row_then_mean_then_normalize(
+    pool: Callable[..., torch.Tensor], span: int
+) -> None:
+    norm = torch.nn.RMSNorm(48, eps=0.1, dtype=torch.float64)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    wide = torch.randn(96, 90, dtype=torch.float64)  # hidden states are a strided view of it
+    rows_T1 = torch.linspace(0.1, 2, 90, dtype=torch.float64)[:, None]  # the rows' own norms differ
+    hidden_TD = (wide[:48].T * rows_T1).requires_grad_()
+    ends = [31, 89, 40, 31, 88]  # unsorted; spans overlap and one repeats
+    upstream_ED = torch.randn(5, 48, dtype=torch.float64)
+
+    normed_TD = norm(hidden_TD)
+    want_ED = torch.stack([F.normalize(normed_TD[end + 1 - span : end + 1].mean(0), dim=0) for end in ends])
+    want = torch.autograd.grad(want_ED, [hidden_TD, norm.weight], upstream_ED)
+    for dtype, tolerance in [(torch.float64, 1e-12), (torch.float32, 2e-6)]:
+        leaves = [hidden_TD.detach().to(dtype).requires_grad_(), norm.weight.detach().to(dtype).requires_grad_()]
+        assert not leaves[0].is_contiguous()
+        emb_ED = pool(leaves[0], torch.tensor(ends), leaves[1], 0.1, span=span)
+        got = torch.autograd.grad(emb_ED, leaves, upstream_ED.to(dtype))
+        assert emb_ED.dtype == dtype and (emb_ED - want_ED).abs().max() < tolerance
+        for got_grad, want_grad in zip(got, want, strict=True):
+            assert got_grad.dtype == dtype and (got_grad - want_grad).norm() < 5 * tolerance * want_grad.norm()
+
+
 def test_gradcheck_in_float64() -> None:
     hidden_TD = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     weight_D = (torch.rand(5, dtype=torch.float64) + 0.5).requires_grad_()
@@ -56,10 +82,11 @@ def test_half_precision_in_float32_out_and_gradients_in_the_inputs_dtype(dtype: 
     assert (hidden_TD.grad[untouched_T] == 0).all() and (hidden_TD.grad[[8, 2]] != 0).any(1).all()
 
 
-def test_no_embeddings_keep_the_graph() -> None:
+@pytest.mark.parametrize("span", [1, 32])
+def test_no_embeddings_keep_the_graph(span: int) -> None:
     hidden_TD = torch.randn(4, 8, requires_grad=True)
     weight_D = torch.ones(8, requires_grad=True)
-    emb_ED = pool_normalize(hidden_TD, torch.empty(0, dtype=torch.int64), weight_D, 1e-6)
+    emb_ED = pool_normalize(hidden_TD, torch.empty(0, dtype=torch.int64), weight_D, 1e-6, span=span)
     emb_ED.sum().backward()
     assert emb_ED.shape == (0, 8)
     assert hidden_TD.grad is not None and weight_D.grad is not None and (weight_D.grad == 0).all()

@@ -17,18 +17,25 @@ from interpreter import run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-# name: (T, D, pooled rows, dtype, eps, scale of the hidden states)
-CASES: dict[str, tuple[int, int, list[int], torch.dtype, float, float]] = {
-    "one row": (5, 48, [3], torch.float32, 1e-6, 1.0),
-    "unsorted and repeated": (9, 48, [7, 2, 7, 0, 7], torch.float32, 1e-6, 1.0),
-    "width of 2B": (6, 1536, [5, 1], torch.float32, 1e-6, 1.0),
-    "power of two": (6, 64, [0, 1, 2, 3, 4, 5], torch.float32, 1e-6, 1.0),
-    "more rows than programs": (40, 16, [i * 7 % 40 for i in range(131)], torch.float32, 1e-6, 1.0),
-    "half precision": (9, 48, [8, 1, 3], torch.float16, 1e-6, 1.0),
-    "large eps": (5, 48, [0, 4], torch.float32, 0.5, 1.0),
-    "small states": (5, 48, [0, 4], torch.float32, 1e-6, 1e-4),
-    "clamped norm": (5, 48, [0, 4], torch.float32, 1e-6, 1e-17),
-    "no rows": (5, 48, [], torch.float32, 1e-6, 1.0),
+# name: (T, D, pooled rows (last of each span), dtype, eps, scale of the hidden states, span)
+CASES: dict[str, tuple[int, int, list[int], torch.dtype, float, float, int]] = {
+    "one row": (5, 48, [3], torch.float32, 1e-6, 1.0, 1),
+    "unsorted and repeated": (9, 48, [7, 2, 7, 0, 7], torch.float32, 1e-6, 1.0, 1),
+    "width of 2B": (6, 1536, [5, 1], torch.float32, 1e-6, 1.0, 1),
+    "power of two": (6, 64, [0, 1, 2, 3, 4, 5], torch.float32, 1e-6, 1.0, 1),
+    "more rows than programs": (40, 16, [i * 7 % 40 for i in range(131)], torch.float32, 1e-6, 1.0, 1),
+    "half precision": (9, 48, [8, 1, 3], torch.float16, 1e-6, 1.0, 1),
+    "large eps": (5, 48, [0, 4], torch.float32, 0.5, 1.0, 1),
+    "small states": (5, 48, [0, 4], torch.float32, 1e-6, 1e-4, 1),
+    "clamped norm": (5, 48, [0, 4], torch.float32, 1e-6, 1e-17, 1),
+    "no rows": (5, 48, [], torch.float32, 1e-6, 1.0, 1),
+    "span of 8, overlapping": (20, 48, [9, 7, 19, 9], torch.float32, 1e-6, 1.0, 8),
+    "span of 32": (70, 96, [31, 69, 63], torch.float32, 1e-6, 1.0, 32),
+    "span of 32 in half precision": (70, 96, [31, 69, 63], torch.float16, 1e-6, 1.0, 32),
+    "more spans than programs": (40, 16, [7 + i * 7 % 33 for i in range(131)], torch.float32, 1e-6, 1.0, 8),
+    "span with large eps": (20, 48, [9, 7], torch.float32, 0.5, 1.0, 8),
+    "span with clamped norm": (20, 48, [9, 7], torch.float32, 1e-6, 1e-17, 8),
+    "no spans": (40, 48, [], torch.float32, 1e-6, 1.0, 32),
 }
 
 
@@ -37,7 +44,7 @@ def compare_with_twin(name: str) -> dict[str, float]:
     from muco_ds.ops.pool_normalize import pool_normalize_reference
     from muco_ds.ops.pool_normalize_triton import pool_normalize_triton
 
-    n_tokens, dim, index, dtype, eps, scale = CASES[name]
+    n_tokens, dim, index, dtype, eps, scale, span = CASES[name]
     generator = torch.Generator().manual_seed(1)
     wide = (torch.randn(n_tokens, 2 * dim, generator=generator) * scale).to(dtype)
     weight_D = (torch.rand(dim, generator=generator) + 0.5).to(dtype)
@@ -46,7 +53,7 @@ def compare_with_twin(name: str) -> dict[str, float]:
     outputs = []
     for pool in (pool_normalize_triton, pool_normalize_reference):
         leaves = [wide[:, :dim].detach().requires_grad_(), weight_D.clone().requires_grad_()]
-        emb_ED = pool(leaves[0], index_E, leaves[1], eps)
+        emb_ED = pool(leaves[0], index_E, leaves[1], eps, span=span)
         assert emb_ED.dtype == torch.float32 and emb_ED.shape == (len(index), dim)
         outputs.append([emb_ED, *torch.autograd.grad(emb_ED, leaves, upstream_ED)])
     errors = {}
@@ -71,8 +78,9 @@ def test_kernel_equals_twin_forward_and_backward(name: str, interpreted: dict[st
     assert errors["grad_hidden"] < (2e-3 if half else 5e-6) and errors["grad_weight"] < (2e-3 if half else 5e-6)
 
 
+@pytest.mark.parametrize("span", [1, 32])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_kernels_compile_for_gpus_that_are_not_here(dtype: str) -> None:
+def test_kernels_compile_for_gpus_that_are_not_here(dtype: str, span: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -83,9 +91,9 @@ def test_kernels_compile_for_gpus_that_are_not_here(dtype: str) -> None:
         signature = {
             arg: f"*{pointers.get(arg, 'fp32')}" if arg.endswith("_ptr") else "fp32" if arg.endswith("eps") else "i32"
             for arg in kernel.arg_names
-        } | {"BLOCK": "constexpr"}
+        } | {"SPAN": "constexpr", "BLOCK": "constexpr"}
         for capability in (80, 90):
-            source = ASTSource(fn=kernel, signature=signature, constexprs={"BLOCK": 2048})
+            source = ASTSource(fn=kernel, signature=signature, constexprs={"SPAN": span, "BLOCK": 2048})
             assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
