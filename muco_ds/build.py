@@ -290,9 +290,9 @@ def build_engine(
 def _build_model(config: RunConfig, processing: Processing, partition: dict[str, Any] | None) -> PreTrainedModel:
     """The backbone, with its adapter if there is one. `partition`: the DeepSpeed configuration of ZeRO-3."""
     lora, tokens = config.model.lora, len(processing.tokenizer)
-    if lora.rank and not lora.train_new_rows and tokens > load_config(config.model.path).text_config.vocab_size:
+    if lora.rank and lora.train_embeddings == "none" and tokens > load_config(config.model.path).text_config.vocab_size:
         raise UserError(
-            f"model.lora.train_new_rows is false but '{config.model.path}' has no rows for new tokens: set it to true",
+            f"model.lora.train_embeddings is none but '{config.model.path}' has no rows for new tokens: set it to new",
             on_every_rank=True,
         )
     # transformers builds the model partitioned, and peft gathers what it needs, as long as such an object is alive.
@@ -304,7 +304,6 @@ def _build_model(config: RunConfig, processing: Processing, partition: dict[str,
         vocabulary=tokens,
     )
     if lora.rank:
-        rows = new_rows(processing.tokenizer) if lora.train_new_rows else []
-        add_adapter(model, lora, rows, config.run.seed)
+        add_adapter(model, lora, new_rows(processing.tokenizer), config.run.seed)
     del partitioned
     return model

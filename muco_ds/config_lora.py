@@ -17,27 +17,34 @@ class LoraOptions:
         alpha: The update is scaled by alpha / rank (paper: 64).
         dropout: Probability in [0, 1) that an entry of an adapter's input is left out (paper's code: 0.1).
         dora: Train the length of each row of a weight apart from its direction: DoRA (paper's code: yes).
-        targets: Which linear layers: those of the "text" tower (paper), or "all", which needs freeze_vision=false.
-        train_new_rows: Train the rows of the embedding table for the tokens that training adds (paper's code: yes).
+        targets: Which linear layers: those of the "text" tower (MuCo), the queries, keys, values and outputs of its
+            "attention" (CoMa), or "all", which needs freeze_vision=false; "tokens": none, only the embedding table.
+        train_embeddings: What is trained of the embedding table: the rows of the "new" tokens (MuCo's code), "all"
+            rows, in full (CoMa), or "none".
     """
 
     rank: int = 0
     alpha: int = 64
     dropout: float = 0.0
     dora: bool = False
-    targets: Literal["text", "all"] = "text"
-    train_new_rows: bool = True
+    targets: Literal["text", "attention", "all", "tokens"] = "text"
+    train_embeddings: Literal["none", "new", "all"] = "new"
 
 
 def check_adapter(lora: LoraOptions, freeze_vision: bool, vision_lr: float | None) -> None:
-    """Do the options agree about the vision tower? Raises UserError."""
+    """Do the options agree about what is trained? Raises UserError."""
     if vision_lr is not None and freeze_vision:
         raise UserError(
             f"optim.vision_lr is {vision_lr:g} but model.freeze_vision is true: set the one to null or the other false"
         )
-    if lora.rank and freeze_vision != (lora.targets == "text"):
-        cure = "true, or model.lora.targets=all" if lora.targets == "text" else "false, or model.lora.targets=text"
+    if lora.rank and freeze_vision == (lora.targets == "all"):
+        cure = "false, or model.lora.targets=text" if lora.targets == "all" else "true, or model.lora.targets=all"
         raise UserError(
             f"model.freeze_vision is {str(freeze_vision).lower()} with model.lora.targets={lora.targets}: set it to "
-            f"{cure} (beside an adapter nothing is trained in full)"
+            f"{cure} (beside an adapter no tower is trained in full)"
+        )
+    if lora.rank and lora.targets == "tokens" and lora.train_embeddings == "none":
+        raise UserError(
+            "model.lora.targets is tokens but model.lora.train_embeddings is none: nothing would be trained, set the "
+            "latter to new or all"
         )

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from muco_ds.config_lora import LoraOptions
 from muco_ds.errors import UserError
 from muco_ds.families import FAMILIES
-from muco_ds.models.backbones import canonical_name, load_config, load_tokenizer, new_rows, tensor_files
+from muco_ds.models.backbones import canonical_name, load_config, new_rows, tensor_files
 from muco_ds.models.lora import ADAPTER, TABLE, base_digest, peft_config
 
 ROWS = f"{TABLE}.trained_rows"
@@ -54,10 +54,13 @@ class Adapter:
             raise UserError(
                 f"{path}: is another model than the one whose adapter {checkpoint} holds: give that one by --base DIR"
             )
-        options = LoraOptions(**model["lora"])
-        tokenizer = load_tokenizer(str(checkpoint / "hf"), model["pool_token"])
-        rows = new_rows(tokenizer) if ROWS in weights else []
-        return cls(options, weights, path, rows)
+        try:
+            options = LoraOptions(**model["lora"])
+        except TypeError as error:
+            raise UserError(f"{checkpoint}: its adapter is of another version of muco_ds ({error})") from error
+        # As it was saved, with the tokens that training added.
+        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint / "hf")
+        return cls(options, weights, path, new_rows(tokenizer) if ROWS in weights else [])
 
     def merged(self, config: PretrainedConfig) -> dict[str, Weight]:
         """All weights of the stock model, each put together in float32 when read."""
@@ -65,7 +68,8 @@ class Adapter:
             shapes = {name: p.shape for name, p in FAMILIES[config.model_type].model(config).named_parameters()}
         files = {canonical_name(name): (file, name) for name, file in tensor_files(self.base)}
         return {
-            name: Weight(shape, self._reader(name, shape, *files[canonical_name(name)]))
+            # Under its stock name the checkpoint holds what was trained in full.
+            name: self.weights.get(name) or Weight(shape, self._reader(name, shape, *files[canonical_name(name)]))
             for name, shape in shapes.items()
         }
 
@@ -100,16 +104,23 @@ class Adapter:
     def write(self, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
         """adapter_config.json and adapter_model.safetensors, for `peft.PeftModel.from_pretrained(base, folder)`."""
         rows = load_config(self.base).text_config.vocab_size
-        if max(self.rows, default=0) >= rows:
+        if config.text_config.vocab_size > rows:
             raise UserError(
                 f"{self.base}: has {rows} rows, none for the new tokens, and peft adds none: leave out --no-merge_lora"
+            )
+        if self.options.targets == "tokens":
+            raise UserError(
+                "model.lora.targets is tokens: peft has no adapter without linear layers, leave out --no-merge_lora"
             )
         with torch.device("meta"):
             description = peft_config(FAMILIES[config.model_type].model(config), self.options)
         description.base_model_name_or_path = self.base
         description.inference_mode = True
+        table = TABLE.rpartition(".")[2]
         if self.rows:
-            description.trainable_token_indices = {TABLE.rpartition(".")[2]: self.rows}
+            description.trainable_token_indices = {table: self.rows}
+        if f"{TABLE}.weight" in self.weights:
+            description.modules_to_save = [table]
         description.save_pretrained(str(folder))
         tensors = {_peft_name(name): weight.read().to(dtype, copy=True) for name, weight in self.weights.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -40,6 +40,10 @@ class TextShape:
         attention = [(self.hidden, self.queries), *[(self.hidden, self.keys)] * 2, (self.queries, self.hidden)]
         return [*attention, *[(self.hidden, self.inner)] * 2, (self.inner, self.hidden)]
 
+    def adapted(self, targets: str) -> list[tuple[int, int]]:
+        """Those of `linears` that `model.lora.targets` names."""
+        return {"tokens": [], "attention": self.linears[:4]}.get(targets, self.linears)
+
 
 @dataclass(frozen=True)
 class VisionShape:

@@ -53,7 +53,7 @@ class FlopsModel:
         cls, config: PretrainedConfig, *, train_vision: bool, lora: LoraOptions | None = None, train_head: bool = False
     ) -> FlopsModel:
         """From the configuration of a supported backbone."""
-        rank = 0 if lora is None else lora.rank
+        rank, targets = (0, "text") if lora is None else (lora.rank, lora.targets)
         text, vision = text_shape(config), vision_shape(config)
         per_patch, per_patch_pair = _vision(vision)
         return cls(
@@ -63,7 +63,7 @@ class FlopsModel:
             per_patch_pair=per_patch_pair,
             train_vision=train_vision,
             adapter=rank > 0,
-            adapter_per_token=2.0 * rank * _ends(text.linears) * text.layers,
+            adapter_per_token=2.0 * rank * _ends(text.adapted(targets)) * text.layers,
             adapter_per_patch=2.0 * rank * _vision_ends(vision) if train_vision else 0.0,
             per_predicted=2.0 * text.hidden * config.text_config.vocab_size,
             train_head=train_head,

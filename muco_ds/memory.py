@@ -87,6 +87,7 @@ def estimate(
     activation_checkpointing: bool,
     fused_attention: bool = True,
     lora: LoraOptions = NO_ADAPTER,
+    new_tokens: int = 0,
     matryoshka: Sequence[int] = (),
 ) -> Memory:
     """Memory of the rank that has most to do.
@@ -97,9 +98,10 @@ def estimate(
         vocabulary: ids the tokenizer can produce.
         precision: "fp32" or "bf16".
         fused_attention: flash-attn or torch's varlen_attn in the text tower; else grouped SDPA.
+        new_tokens: those whose rows are trained beside an adapter.
         matryoshka: smaller sizes of the embedding that the loss is taken over as well.
     """
-    weights = parameters(backbone, vocabulary, freeze_vision, lora)
+    weights = parameters(backbone, vocabulary, freeze_vision, lora, new_tokens)
     width = _BYTES[precision]
     device, host = _states(weights, ds_config, width, world_size, several_packs=load.packs > 1)
     hidden = backbone.text_config.hidden_size
@@ -140,7 +142,11 @@ def embedding_bytes(hidden: int, load: Load, smaller: Sequence[int]) -> int:
 
 
 def parameters(
-    backbone: PretrainedConfig, vocabulary: int, freeze_vision: bool, lora: LoraOptions = NO_ADAPTER
+    backbone: PretrainedConfig,
+    vocabulary: int,
+    freeze_vision: bool,
+    lora: LoraOptions = NO_ADAPTER,
+    new_tokens: int = 0,
 ) -> list[Weight]:
     """Every parameter, counted on the meta device, where tensors have no content."""
     with torch.device("meta"):
@@ -149,14 +155,16 @@ def parameters(
     weights = []
     for name, parameter in model.named_parameters():
         numel = parameter.numel()
+        trained = lora.rank == 0 and not (freeze_vision and name.startswith("visual."))
         if name.endswith("embed_tokens.weight"):  # the table grows where the tokenizer has more ids
             numel = rows * parameter.shape[1]
-        frozen = lora.rank > 0 or (freeze_vision and name.startswith("visual."))
-        weights.append(Weight(numel, trained=not frozen))
+            trained = trained or lora.train_embeddings == "all"
+        weights.append(Weight(numel, trained))
     if lora.rank:
         sizes = [size for _, layer in adapted_layers(model, lora) for size in adapter_sizes(layer, lora)]
-        rows = [2 * backbone.text_config.hidden_size] if lora.train_new_rows else []
-        weights += [Weight(size, trained=True) for size in sizes + rows]
+        if lora.train_embeddings == "new" and new_tokens:
+            sizes.append(new_tokens * backbone.text_config.hidden_size)
+        weights += [Weight(size, trained=True) for size in sizes]
     return weights
 
 
@@ -286,10 +294,11 @@ def activation_bytes(
     """
     text, vision = text_shape(backbone), vision_shape(backbone)
     text_layer = text_layer_bytes(text, load.tokens, load.attended, width, fused_attention)
-    text_layer += adapter_bytes(text.linears, load.tokens, width, lora)
+    adapted = text.adapted(lora.targets)
+    text_layer += adapter_bytes(adapted, load.tokens, width, lora) - unneeded_bytes(text, load.tokens, width, lora)
     text_working = 3 * width * text.inner * load.tokens  # gradients of the three inner MLP tensors
     if lora.dora:  # to find the rows' lengths: the update, scaled, and added to the weight
-        text_working += 3 * width * max(inputs * outputs for inputs, outputs in text.linears)
+        text_working += 3 * width * max((inputs * outputs for inputs, outputs in adapted), default=0)
     rotary = 2 * width * load.tokens * text.head_dim
     layer_inputs = width * text.hidden * load.tokens
     block = vision_block_bytes(vision, load.patches, width, fused_attention)
@@ -320,6 +329,21 @@ def adapter_bytes(linears: list[tuple[int, int]], rows: int, width: int, lora: L
         return 0
     dropout, outputs = (width + 1 if lora.dropout else 0), (2 * width if lora.dora else 0)
     return rows * sum(width * lora.rank + dropout * inputs + outputs * output for inputs, output in linears)
+
+
+def unneeded_bytes(text: TextShape, tokens: int, width: int, lora: LoraOptions) -> int:
+    """Of `text_layer_bytes`, inputs of weights that have no gradient beside an adapter, and are not kept for them.
+
+    Those of the norms' own weights, and of linear layers without an update.
+    """
+    if not lora.rank:
+        return 0
+    unneeded = 2 * text.hidden + (text.queries + text.keys if text.normed_heads else 0)
+    if lora.targets in ("attention", "tokens"):
+        unneeded += text.hidden + text.inner
+    if lora.targets == "tokens":
+        unneeded += text.hidden
+    return width * unneeded * tokens
 
 
 def _features(vision: VisionShape, patches: int, width: int) -> int:

@@ -19,7 +19,7 @@ from muco_ds.data.plan import Plan, StepPlan, spread_steps
 from muco_ds.data.stages.base import longest_rows
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.memory import GIB, Load, Memory, estimate
-from muco_ds.models.backbones import load_config
+from muco_ds.models.backbones import load_config, new_rows
 
 POOR_FILL = 0.9
 _SPARE_TOKENS = 1.01  # of an advised budget: steps that were not looked at may need a little more
@@ -144,6 +144,7 @@ def estimated(config: RunConfig, data: Data, ranks: int, load: Load) -> Memory:
         activation_checkpointing=config.model.activation_checkpointing,
         fused_attention=config.run.precision == "bf16" and config.model.attention != "sdpa",
         lora=config.model.lora,
+        new_tokens=len(new_rows(data.processing.tokenizer)),
         matryoshka=config.loss.matryoshka or (),
     )
 

@@ -1,4 +1,4 @@
-"""LoRA and DoRA by peft's own layers inside the stock model, and trained rows of a table that is not.
+"""LoRA and DoRA by peft's own layers inside the stock model, and trained rows of a table that is not trained.
 
 peft wraps each linear layer: its weight is called `...q_proj.base_layer.weight`, and beside it there are
 `...q_proj.lora_A.default.weight` and others. muco_ds/export_adapter.py leads the names back to the stock model's.
@@ -9,6 +9,7 @@ Shape suffixes: T rows of the pack, R trained rows, D hidden size.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,12 @@ ADAPTER = "default"
 """peft's name of the adapter, part of its parameters' names."""
 
 TABLE = "language_model.embed_tokens"
-_TOWERS = {"text": ("language_model",), "all": ("language_model", "visual")}
+_TARGETS = {
+    "text": r"language_model\.",
+    "attention": r"language_model\..*\.self_attn\.",
+    "all": r"(language_model|visual)\.",
+    "tokens": r"(?!)",  # matches nothing
+}
 
 
 class TrainedRows(nn.Module):
@@ -60,23 +66,27 @@ class TrainedRows(nn.Module):
 
 
 def add_adapter(model: PreTrainedModel, options: LoraOptions, rows: list[int], seed: int) -> None:
-    """Freeze a backbone and put a new adapter into it, the same on every rank; the outputs stay as they are.
+    """Freeze a backbone and put what is trained into it, the same on every rank; the outputs stay as they are.
 
     Under ZeRO-3 the caller keeps an `HfDeepSpeedConfig` alive: DoRA begins with the lengths of whole weights.
 
     Args:
-        rows: of the embedding table, to be trained.
+        rows: of the embedding table, those of new tokens.
     """
     from peft import inject_adapter_in_model  # seconds, for the runs that have an adapter
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(peft_config(model, options), model, ADAPTER)
+    model.requires_grad_(False)
+    if options.targets != "tokens":  # peft refuses to put nothing in
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(peft_config(model, options), model, ADAPTER)
     if options.dora:
         _hold_weights(model)
-    if rows:
-        table = TrainedRows(model.get_input_embeddings(), rows)
-        model.set_input_embeddings(table)
+    table = model.get_input_embeddings()
+    if options.train_embeddings == "all":
+        table.requires_grad_(True)
+    elif options.train_embeddings == "new" and rows:
+        model.set_input_embeddings(TrainedRows(table, rows))
 
 
 def peft_config(model: nn.Module, options: LoraOptions) -> LoraConfig:
@@ -95,7 +105,7 @@ def peft_config(model: nn.Module, options: LoraOptions) -> LoraConfig:
 def adapted_layers(model: nn.Module, options: LoraOptions) -> Iterator[tuple[str, nn.Linear]]:
     """Name and module of every linear layer that gets an update."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.partition(".")[0] in _TOWERS[options.targets]:
+        if isinstance(module, nn.Linear) and re.match(_TARGETS[options.targets], name):
             yield name, module
 
 

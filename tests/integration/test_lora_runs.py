@@ -18,18 +18,23 @@ from muco_ds.checkpoint import TAG
 from muco_ds.errors import UserError
 from muco_ds.export import Exported, export_checkpoint
 from muco_ds.models.backbones import canonical_name
-from muco_ds.models.folder import Processing, read_settings
+from muco_ds.models.folder import Processing, Settings, read_settings
 
 from programs import REPOSITORY, Demo, Programs, losses, metrics, refusal
 
 CONVERT = REPOSITORY / "tools" / "convert_ckpt.py"
 TABLE = "embed_tokens.weight"
 STEPS, MIDDLE = 4, 2
+SETTINGS = Settings("<|emb|>", 56 * 56, 84 * 84, short_side=None)
 DORA: dict[str, object] = {
     **{"run.max_steps": STEPS, "optim.lr": 2e-3, "optim.warmup_steps": 0, "optim.schedule": "constant"},
     **{"model.freeze_vision": "true", "model.lora.rank": 4, "model.lora.alpha": 8, "model.lora.dora": "true"},
     **{"checkpoint.every": MIDDLE, "checkpoint.keep": STEPS},
 }
+
+
+# CoMa's paper: the attention alone, and the whole table in full.
+COMA: dict[str, object] = {**DORA, "model.lora.targets": "attention", "model.lora.train_embeddings": "all"}
 
 
 def write_partitioned(folder: Path) -> Path:
@@ -161,6 +166,81 @@ def test_peft_reads_the_adapter(
     found = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in weights(merged.folder).items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def coma(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """Output folder and options of a run in CoMa's setting on two ranks under ZeRO-3."""
+    out = tmp_path_factory.mktemp("coma")
+    options = {**COMA, "deepspeed": write_partitioned(out)}
+    programs.run(demo.train(out, options), ranks=2).check()
+    return out, options
+
+
+def test_a_table_in_full_trains_as_in_one_process_and_goes_on_there(
+    demo: Demo, programs: Programs, coma: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    programs.run(demo.train(plain, {**COMA, "deepspeed": write_stage(tmp_path, 0)})).check()
+    assert losses(plain)[STEPS] < 0.9 * losses(plain)[1], "nothing was learned"
+    assert_close(coma[0], plain)
+    out = cut(coma[0], tmp_path / "out")
+    output = programs.run(demo.train(out, coma[1])).check().output
+    assert "converting what 2 ranks wrote" in output
+    assert_close(out, coma[0])
+
+
+def test_a_table_in_full_is_exported(
+    programs: Programs, coma: tuple[Path, dict[str, object]], demo: Demo, tmp_path: Path
+) -> None:
+    exported = export_checkpoint(coma[0] / "run", tmp_path / "model", progress=False)
+    assert exported.difference < 1e-5
+    before, after = weights(demo.model), weights(exported.folder)
+    changed = {re.sub(r"layers\.\d+\.", "", name) for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {*(f"self_attn.{p}_proj.weight" for p in "qkvo"), TABLE}
+    moved = (after[TABLE] != before[TABLE]).any(-1).sum()
+    assert moved > 100, "only the new tokens' rows"
+
+    alone = export_checkpoint(coma[0] / "run", tmp_path / "adapter", merge_lora=False, progress=False)
+    assert alone.difference < 1e-5
+    base = AutoModel.from_pretrained(demo.model, key_mapping={r"^model\.visual\.": "visual."})
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    found = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    assert torch.equal(found[TABLE], after[TABLE])
+    for name, tensor in after.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "embeddings"), [(2, "new"), (3, "all")])
+def test_rows_alone_of_a_table_without_spare_ones(
+    stage: int, embeddings: str, demo: Demo, programs: Programs, tmp_path: Path
+) -> None:
+    """The table is enlarged; nothing but rows of it differs afterwards."""
+    base = tmp_path / "base"
+    shutil.copytree(demo.model, base)
+    rows = len(Processing.load(str(base), SETTINGS).tokenizer) - 2
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["vocab_size"] = rows
+    (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(TABLE))
+    tensors[name] = tensors[name][:rows].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    overrides = {
+        **{**DORA, "model.path": base, "model.lora.targets": "tokens", "model.lora.train_embeddings": embeddings},
+        "deepspeed": write_partitioned(tmp_path) if stage == 3 else write_stage(tmp_path, stage),
+    }
+    programs.run(demo.train(tmp_path, overrides), ranks=2).check()
+    assert losses(tmp_path)[STEPS] < losses(tmp_path)[1]
+    exported = export_checkpoint(tmp_path / "run", tmp_path / "model", progress=False)
+    assert exported.difference < 1e-5
+    before, after = weights(base), weights(exported.folder)
+    assert after[TABLE].shape[0] == rows + 2
+    assert [name for name in before if not torch.equal(before[name], after[name][: len(before[name])])] == (
+        [TABLE] if embeddings == "all" else []
+    )
+    with pytest.raises(UserError, match=r"none for the new tokens.*leave out --no-merge_lora"):
+        export_checkpoint(tmp_path / "run", tmp_path / "adapter", merge_lora=False, progress=False)
 
 
 def test_both_towers_in_bf16_with_a_learning_rate_for_vision(demo: Demo, programs: Programs, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from muco_ds.errors import UserError
 from muco_ds.models.backbones import (
     canonical_name,
     check_rotary_tables,
+    compression_ids,
     load_backbone,
     load_config,
     load_tokenizer,
+    new_rows,
     verify_weights,
 )
 
@@ -231,6 +234,26 @@ def test_vocabulary_grows_only_when_rows_are_exhausted(kind: str, caplog: pytest
     assert new.shape == (962, old.shape[1]) and torch.equal(new[:960], old)
     assert torch.isfinite(new).all() and model.config.text_config.vocab_size == 962
     assert "960 rows enlarged to 962" in caplog.text
+
+
+def test_compression_tokens_take_the_place_of_the_pool_token(tmp_path: Path) -> None:
+    folder = str(model_folder("qwen2_vl"))
+    plain, tokenizer = load_tokenizer(folder, "<|im_end|>"), load_tokenizer(folder, "<|emb|>", compression=11)
+    ids = compression_ids(tokenizer)
+    assert ids == list(range(len(plain), len(plain) + 11)) == new_rows(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids[-1]) == "<|ctoken_pad_10|>"
+    text = "a<|ctoken_pad_10|><|ctoken_pad_1|>"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"][-2:] == [ids[10], ids[1]]
+    assert compression_ids(plain) == []
+
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path), "<|emb|>", compression=11)
+    assert again.get_vocab() == tokenizer.get_vocab() and new_rows(again) == ids
+    kept = load_tokenizer(str(tmp_path), "<|emb|>")
+    assert compression_ids(kept) == ids and kept.convert_tokens_to_ids("<|emb|>") == len(tokenizer)
+    cure = f"model.compression_tokens is 4 but '{tmp_path}' was compressed with 11: set it to 11"
+    with pytest.raises(UserError, match=re.escape(cure)):
+        load_tokenizer(str(tmp_path), "<|emb|>", compression=4)
 
 
 def test_unknown_pool_token_is_refused() -> None:

@@ -187,6 +187,16 @@ def test_command_line_mistakes_are_one_line(recipe: Path) -> None:
         ("model", {"lora": LoraOptions(rank=4, dropout=1.0)}, ["model.lora.dropout", "1.0", "at most"]),
         ("model", {"lora": LoraOptions(rank=4, targets="all")}, ["model.freeze_vision is true", "targets=all"]),
         ("model", {"lora": LoraOptions(rank=4), "freeze_vision": False}, ["freeze_vision is false", "targets=text"]),
+        (
+            "model",
+            {"lora": LoraOptions(rank=4, targets="attention"), "freeze_vision": False},
+            ["freeze_vision is false", "set it to true"],
+        ),
+        (
+            "model",
+            {"lora": LoraOptions(rank=1, targets="tokens", train_embeddings="none")},
+            ["model.lora.targets is tokens", "model.lora.train_embeddings is none", "new or all"],
+        ),
         ("optim", {"vision_lr": 1e-4}, ["optim.vision_lr", "0.0001", "model.freeze_vision"]),
         ("optim", {"vision_lr": 0.0}, ["optim.vision_lr", "0.0"]),
     ],

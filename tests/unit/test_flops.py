@@ -122,6 +122,11 @@ def test_beside_an_adapter_no_weight_has_a_gradient(kind: str) -> None:
     by_patch = small("visual") - merged + merged / 4
     vision = 2 * full.per_patch * 20 + 3 * full.per_patch_pair * 400 + 6 * by_patch * 20
     assert lora.training(0, 0, 20, 400) == pytest.approx(vision)
+    tokens = FlopsModel.from_config(config, train_vision=False, lora=LoraOptions(rank=4, targets="tokens"))
+    assert tokens.training(10, 100, 0, 0) == pytest.approx(text - 6 * small("language_model") * 10)
+    attention = FlopsModel.from_config(config, train_vision=False, lora=LoraOptions(rank=4, targets="attention"))
+    others = small("language_model") - small("self_attn")
+    assert attention.training(10, 100, 0, 0) == pytest.approx(text - 6 * others * 10)
     frozen = FlopsModel.from_config(config, train_vision=False, lora=LoraOptions(rank=4))
     assert frozen.training(0, 0, 20, 400) == full.per_patch * 20 + full.per_patch_pair * 400
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from muco_ds.errors import UserError
 from muco_ds.export_adapter import ROWS, Adapter, Weight
 from muco_ds.models.backbones import load_backbone, load_config, load_tokenizer, new_rows
 from muco_ds.models.embedder import Embedder
-from muco_ds.models.lora import TrainedRows, add_adapter, base_digest
+from muco_ds.models.lora import TABLE, TrainedRows, add_adapter, base_digest
 
 from tiny_folders import KINDS
 from tiny_models import embedder, model_folder, new_embedder, pack, picture, processing
@@ -29,24 +30,51 @@ DIALOGUES = [Dialogue(("Where?", "What is it?"), (picture(0),)), Dialogue(("A re
 def adapted(kind: str, options: LoraOptions) -> Embedder:
     tokenizer = processing(kind).tokenizer
     model = load_backbone(str(model_folder(kind)), dtype=torch.float32, attention="sdpa", vocabulary=len(tokenizer))
-    add_adapter(model, options, new_rows(tokenizer) if options.train_new_rows else [], seed=0)
-    return Embedder(model, freeze_vision=options.targets == "text")
+    add_adapter(model, options, new_rows(tokenizer), seed=0)
+    return Embedder(model, freeze_vision=options.targets != "all")
+
+
+def trained(kind: str, options: LoraOptions) -> set[str]:
+    return {name for name, parameter in adapted(kind, options).named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", ["text", "all"])
 @pytest.mark.parametrize("dora", [True, False])
 def test_every_linear_layer_of_the_tower_and_nothing_else_is_trained(kind: str, targets: Any, dora: bool) -> None:
-    options = LoraOptions(rank=4, dora=dora, targets=targets)
-    trained = {name for name, parameter in adapted(kind, options).named_parameters() if parameter.requires_grad}
     towers = "model.language_model." if targets == "text" else "model."
     linears = {
         name for name, m in new_embedder(kind).named_modules() if isinstance(m, nn.Linear) and name.startswith(towers)
     }
     parts = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if dora else [])]
     expected = {f"{name}.{part}.default.weight" for name in linears for part in parts}
-    assert trained == {*expected, "model.language_model.embed_tokens.trained_rows"}
+    assert trained(kind, LoraOptions(rank=4, dora=dora, targets=targets)) == {*expected, f"model.{TABLE}.trained_rows"}
     assert len({".visual." in name for name in linears}) == (1 if targets == "text" else 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_attention_and_the_whole_table_are_trained_alone(kind: str) -> None:
+    layers = new_embedder(kind).model.config.text_config.num_hidden_layers
+    expected = {
+        f"model.language_model.layers.{layer}.self_attn.{part}_proj.{matrix}.default.weight"
+        for layer in range(layers)
+        for part in "qkvo"
+        for matrix in ("lora_A", "lora_B")
+    }
+    options = LoraOptions(rank=4, targets="attention", train_embeddings="all")
+    assert trained(kind, options) == {*expected, f"model.{TABLE}.weight"}
+    assert trained(kind, replace(options, train_embeddings="none")) == expected
+
+
+@pytest.mark.parametrize(("embeddings", "name"), [("new", "trained_rows"), ("all", "weight")])
+def test_rows_of_the_table_are_trained_alone(embeddings: Any, name: str) -> None:
+    options = LoraOptions(rank=1, dora=True, targets="tokens", train_embeddings=embeddings)
+    assert trained("qwen2_vl", options) == {f"model.{TABLE}.{name}"}
+    batch = pack(DIALOGUES, True)
+    model = adapted("qwen2_vl", options)
+    assert torch.equal(model.eval()(batch), embedder()(batch))
+    model.train()(batch).sum().backward()
+    assert model.get_parameter(f"model.{TABLE}.{name}").grad is not None
 
 
 @pytest.mark.parametrize("dora", [True, False])
@@ -78,13 +106,24 @@ def test_rows_of_new_tokens_are_trained_in_a_table_that_is_not() -> None:
     assert table.weight.grad is None
 
 
+COMPRESSION = [f"<|ctoken_pad_{i}|>" for i in range(12)]
+
+
 @pytest.mark.parametrize(
-    ("pool_token", "masks", "tokens"),
-    [("<|emb|>", False, ["<|emb|>", "<|mask|>"]), ("<|im_end|>", True, ["<|mask|>"]), ("<|im_end|>", False, [])],
+    ("pool_token", "options", "tokens"),
+    [
+        ("<|emb|>", {}, ["<|emb|>", "<|mask|>"]),
+        ("<|im_end|>", {"masks": True}, ["<|mask|>"]),
+        ("<|im_end|>", {}, []),
+        ("<|emb|>", {"compression": 12}, COMPRESSION),
+        ("<|emb|>", {"compression": 12, "masks": True}, ["<|mask|>", *COMPRESSION]),
+    ],
 )
-def test_new_rows_are_those_of_the_tokens_that_were_added(pool_token: str, masks: bool, tokens: list[str]) -> None:
-    tokenizer = load_tokenizer(str(model_folder("qwen2_vl")), pool_token, masks=masks)
+def test_new_rows_are_those_of_the_tokens_that_were_added(pool_token: str, options: Any, tokens: list[str]) -> None:
+    tokenizer = load_tokenizer(str(model_folder("qwen2_vl")), pool_token, **options)
     assert tokenizer.convert_ids_to_tokens(new_rows(tokenizer)) == tokens
+    before = load_tokenizer(str(model_folder("qwen2_vl")), "<|im_end|>")
+    assert len(tokenizer) == len(before) + len(tokens)
 
 
 class Engine(nn.Module):
@@ -154,6 +193,30 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"the weights in .*model. can't be read .*: copy the model again"):
         base_digest(str(tmp_path / "model"))
+
+
+def test_an_adapter_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = str(model_folder("qwen2_vl"))
+    model = {"path": path, "pool_token": "<|emb|>", "lora": {"rank": 4, "train_new_rows": True}}
+    meta = {"config": {"model": model}, "base": base_digest(path)}
+    with pytest.raises(UserError, match=r"its adapter is of another version of muco_ds .*'train_new_rows'"):
+        Adapter.of(tmp_path, meta, {}, None)
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_table_trained_in_full_is_that_of_the_checkpoint(spare: bool, tmp_path: Path) -> None:
+    config = load_config(str(model_folder("qwen2_vl")))
+    config.text_config.vocab_size += 0 if spare else 2
+    table_VD = torch.randn(config.text_config.vocab_size, 96)
+    weights = {f"{TABLE}.weight": Weight(table_VD.shape, lambda: table_VD)}
+    options = LoraOptions(rank=4, targets="tokens", train_embeddings="all")
+    adapter = Adapter(options, weights, str(model_folder("qwen2_vl")), [])
+    merged = adapter.merged(config)
+    assert torch.equal(merged[f"{TABLE}.weight"].read(), table_VD)
+    norm = "language_model.layers.0.input_layernorm.weight"
+    assert torch.equal(merged[norm].read(), new_embedder().model.get_parameter(norm))
+    with pytest.raises(UserError, match="targets is tokens: peft has no" if spare else "none for the new tokens"):
+        adapter.write(tmp_path, config, torch.float32)
 
 
 def test_without_spare_rows_the_trained_ones_come_behind(tmp_path: Path) -> None:

@@ -187,16 +187,23 @@ def test_activations_are_what_is_really_needed(
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 @pytest.mark.parametrize(
-    "lora", [LoraOptions(rank=8, dropout=0.1), LoraOptions(rank=8, dora=True), LoraOptions(rank=8, targets="all")]
+    "lora",
+    [
+        LoraOptions(rank=8, dropout=0.1),
+        LoraOptions(rank=8, dora=True, train_embeddings="none"),
+        LoraOptions(rank=8, targets="all"),
+        LoraOptions(rank=8, dora=True, targets="attention", train_embeddings="all"),
+        LoraOptions(rank=1, targets="tokens"),
+        LoraOptions(rank=1, dora=True, targets="tokens", train_embeddings="all"),
+    ],
 )
 def test_activations_beside_an_adapter(lora: LoraOptions, checkpointing: bool) -> None:
-    frozen = lora.targets == "text"
+    frozen = lora.targets != "all"
     made, batch = bigger(torch.bfloat16, frozen), packed(8, True)
     config = made.model.config
-    expected = [(p.numel(), False) for p in made.model.parameters()]
-    add_adapter(made.model, lora, [0, 1], seed=0)
-    expected += [(p.numel(), True) for p in made.model.parameters() if p.requires_grad]
-    found = [(weight.numel, weight.trained) for weight in parameters(config, 0, frozen, lora)]
+    add_adapter(made.model, lora, [0, 1, 2], seed=0)
+    expected = [(p.numel(), p.requires_grad) for p in made.model.parameters()]
+    found = [(weight.numel, weight.trained) for weight in parameters(config, 0, frozen, lora, new_tokens=3)]
     assert sorted(found) == sorted(expected)
     if checkpointing:
         getattr(made.model, "activation_checkpointing_enable", made.model.gradient_checkpointing_enable)()

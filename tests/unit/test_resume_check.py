@@ -41,7 +41,7 @@ BOUND = {
     *("optim.warmup_steps", "optim.schedule", "optim.weight_decay", "optim.beta1", "optim.beta2"),
     *("optim.eps", "optim.max_grad_norm", "loss.temperature", "loss.symmetric", "loss.mask_same_image"),
     *("loss.same_target", "loss.false_negative_margin", "loss.matryoshka", "deepspeed", "optim.vision_lr"),
-    *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "dora", "targets", "train_new_rows")),
+    *(f"model.lora.{key}" for key in ("rank", "alpha", "dropout", "dora", "targets", "train_embeddings")),
     *(f"temperature.{key}" for key in ("schedule", "start", "steps", "lr", "min", "max")),
 }
 
