@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from muco_ds.config import RunConfig, Source
+from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.compression import ConversationTemplate
 from muco_ds.data.conversations import ConversationReader
-from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.index import Index, Indexer, open_index
 from muco_ds.data.joined import JoinedReader, join_indices
 from muco_ds.data.loader import StepDataset
@@ -123,10 +123,8 @@ def build_packer(config: RunConfig, processing: Processing) -> Packer:
 
 def _flops(config: RunConfig, backbone: PretrainedConfig) -> FlopsModel:
     model = config.model
-    head = model.lora.rank == 0 or model.lora.train_embeddings == "all" and backbone.tie_word_embeddings
-    return FlopsModel.from_config(
-        backbone, train_vision=not model.freeze_vision, lora=model.lora, train_head=head
-    )
+    head = model.lora.rank == 0 or (model.lora.train_embeddings == "all" and backbone.tie_word_embeddings)
+    return FlopsModel.from_config(backbone, train_vision=not model.freeze_vision, lora=model.lora, train_head=head)
 
 
 def build_stage(config: RunConfig, index: Index, reader: Reader, packer: Packer) -> Stage:
@@ -164,7 +162,7 @@ def build_stage(config: RunConfig, index: Index, reader: Reader, packer: Packer)
     )
 
 
-def build_task(config: RunConfig, embedder: Embedder, partition: dict[str, Any] | None) -> Task:
+def build_task(config: RunConfig, embedder: Embedder, partition: dict[str, Any] | None) -> MuCoTask | CompressTask:
     """The loss half of the stage that `task.name` names. `partition`: the DeepSpeed configuration of ZeRO-3."""
     if config.task.name == "coma_compress":
         trained = config.model.lora.rank == 0
@@ -250,7 +248,7 @@ def build_validation(config: RunConfig, data: Data) -> Validation | None:
 
 def build_engine(
     config: RunConfig, processing: Processing, device: torch.device, *, load_universal: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[Any, Task]:
     """The DeepSpeed engine and the task it runs, partitioned from the start under ZeRO-3. Collective.
 
     Args:

@@ -9,7 +9,6 @@ from typing import Literal
 from muco_ds.config_loss import LossOptions, TemperatureOptions
 from muco_ds.errors import UserError
 
-
 Seen = Literal["tokens", "prompt", "all", "nothing"]
 """What questions and answers of a conversation see of what comes before them."""
 
@@ -101,8 +100,8 @@ def check_task(
         )
     if task.name in ("finetune", "coma_match") and (task.turns is not None or task.turn_weights):
         raise UserError(
-            f"task.turns and task.turn_weights choose among the turns of a row but task.name is {task.name}, whose rows "
-            "are single pairs: leave both out"
+            f"task.turns and task.turn_weights choose among the turns of a row but task.name is {task.name}, whose "
+            "rows are single pairs: leave both out"
         )
     if task.name == "coma_compress" and (task.turn_weights or task.negatives):
         raise UserError(

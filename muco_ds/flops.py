@@ -1,8 +1,8 @@
 """Model FLOPs of both towers: the plan balances ranks on them and MFU is reported against them.
 
 Counted: matrix products of the vision tower, its mergers and the text layers, and attention over the pairs that are
-really attended (causal halves it), and the vocabulary head on the rows that it predicts from. Not counted: the embedding
-table, recomputation, DoRA's lengths of rows.
+really attended (causal halves it), and the vocabulary head on the rows that it predicts from. Not counted: the
+embedding table, recomputation, DoRA's lengths of rows.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is forked; 
 
 import numpy as np
 
-from muco_ds.build import build_reader, build_stage, load_processing
+from muco_ds.build import build_packer, build_reader, build_stage, load_processing
 from muco_ds.config import RunConfig, Source, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Packer
@@ -28,7 +28,6 @@ from muco_ds.data.index import Index, Indexer, index_path, open_index
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.stages.base import Stage, longest_rows
 from muco_ds.data.stages.muco import MuCoStage
-from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.models.backbones import load_config
 
@@ -66,7 +65,7 @@ def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -
         print(f"captions  of pictures missing in {index.uncaptioned} rows (qry_sentence, pos_sentence)")
     turns_S = np.diff(index.samples["turn_end"], prepend=0)
     print(f"turns     a row: min {turns_S.min()}, mean {turns_S.mean():.1f}, max {turns_S.max()}")
-    tokens_S = longest_rows(stage_of(config, reader.key, index, reader, packer.template))
+    tokens_S = longest_rows(stage_of(config, reader.key, index, reader, packer))
     print(f"tokens    a row, both sides, longest paraphrases: {spread(tokens_S)}")
     print(f"patches   a row, into the vision tower: {spread(index.samples['patches'])}")
     worst, budget = int(tokens_S.argmax()), config.batch.pack_tokens
@@ -77,12 +76,12 @@ def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -
     print(f"index     {index.folder}")
 
 
-def stage_of(config: RunConfig, key: str, index: Index, reader: M3TReader, template: ChatTemplate) -> Stage:
-    """The run's stage; held-out rows are turns to be encoded, whatever it is trained on."""
-    if key != "data.val":
-        return build_stage(config, index, reader, template)
+def stage_of(config: RunConfig, key: str, index: Index, reader: M3TReader, packer: Packer) -> Stage:
+    """The run's stage; held-out questions and answers are turns to be encoded, whatever it is trained on."""
+    if key != "data.val" or config.task.name == "coma_compress":
+        return build_stage(config, index, reader, packer)
     query_history, target_history = config.task.query_history, config.task.target_history
-    rows = index, reader, template
+    rows = index, reader, packer.template
     return MuCoStage(*rows, seed=config.run.seed, query_history=query_history, target_history=target_history)
 
 
@@ -107,7 +106,7 @@ def main() -> int:
     config = parse_args(rest).config
     check_paths(config)
     load_config(config.model.path)  # says it when this is no model folder
-    packer = load_processing(config).packer()
+    packer = build_packer(config, load_processing(config))
     sources = config.data.sources()
     keys = ["data.train"] if len(sources) == 1 else [f"data.train[{i}]" for i in range(len(sources))]
     if config.data.val is not None:

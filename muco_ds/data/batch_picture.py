@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from muco_ds.data.images import decode
-from muco_ds.data.schema import QUERY, PackedBatch, Side
+from muco_ds.data.schema import QUERY, Conversation, Dialogue, PackedBatch, Side, Turn
 from muco_ds.data.templates import ChatTemplate
 
 ROLES = {
@@ -61,13 +61,19 @@ def _roles(batch: PackedBatch, sides: list[Side], template: ChatTemplate) -> np.
     ids_T = batch.input_ids_T.numpy()
     role_T = np.full(len(ids_T), _CHAT)
     role_T[ids_T == template.image_pad] = _PICTURE
+    if batch.labels_E is not None:
+        for start, stop in batch.segments.cu_q_S1.unfold(0, 2, 1)[1::2].tolist():
+            role_T[start:stop] = _QUESTION
+        role_T[batch.emb_index_E.numpy() + 1] = _TARGET
+        role_T[np.isin(ids_T, template.pooled_ids)] = _POOLED
+        return role_T
     pooled = sorted(batch.emb_index_E.tolist())
-    texts = [(side.kind, turn) for side in sides for turn in side.dialogue.turns]
+    texts = [(side.kind, turn) for side in sides if isinstance(side.dialogue, Dialogue) for turn in side.dialogue.turns]
     for (kind, turn), row in zip(texts, pooled, strict=True):
         length = len(template.encode_turns([turn])[0])
         end = row - len(template.tail) + 1
         role_T[end - length : end] = _QUESTION if kind == QUERY else _TARGET
-    role_T[pooled] = _POOLED
+    role_T[np.subtract.outer(pooled, range(batch.span)).ravel()] = _POOLED
     return role_T
 
 
@@ -76,27 +82,40 @@ def _dialogues(batch: PackedBatch, sides: list[Side], template: ChatTemplate) ->
     font, small = ImageFont.load_default(16), ImageFont.load_default(14)
     canvas = Image.new("RGB", (_TEXT_WIDTH, sum(_height(side) for side in sides) + 40), "white")
     draw = ImageDraw.Draw(canvas)
-    fill = f"{batch.counts.queries} query and {batch.counts.targets} target embeddings, {batch.patches} picture patches"
+    read = f"{batch.counts.queries} query and {batch.counts.targets} target embeddings"
+    if batch.labels_E is not None:
+        read = f"{batch.counts.queries} predicted tokens"
+    fill = f"{read}, {batch.patches} picture patches"
     draw.text((0, 0), fill, fill=_INK, font=font)
     y = 36
     for side in sides:
         query = side.kind == QUERY
         layout = "each turn sees all before it" if side.history else "each turn sees the prefix and itself"
+        title = f"{_KINDS[side.kind]} dialogue: {layout}"
+        if isinstance(side.dialogue, Conversation):
+            title = "conversation: compressed, then answered"
         colour = ROLES["question" if query else "target"]
         draw.rectangle((0, y, 5, y + _height(side) - 14), fill=colour)
-        draw.text((14, y), f"{_KINDS[side.kind]} dialogue: {layout}", fill=_INK, font=font)
+        draw.text((14, y), title, fill=_INK, font=font)
         x = 14
         for ref in side.dialogue.images:
             thumb = decode(ref)
             thumb.thumbnail((_THUMB, _THUMB))
             canvas.paste(thumb, (x, y + 26))
             x += _THUMB + 10
-        for n, turn in enumerate(side.dialogue.turns):
-            text = textwrap.shorten(template.shown(turn), (_TEXT_WIDTH - x) // 8, placeholder=" ...")
+        for n, line in enumerate(_lines(side.dialogue)):
+            text = textwrap.shorten(template.shown(line), (_TEXT_WIDTH - x) // 8, placeholder=" ...")
             draw.text((x, y + 26 + 18 * n), text, fill=_INK, font=small)
         y += _height(side)
     return canvas
 
 
 def _height(side: Side) -> int:
-    return 46 + max(18 * len(side.dialogue.turns), _THUMB if side.dialogue.images else 0)
+    return 46 + max(18 * len(_lines(side.dialogue)), _THUMB if side.dialogue.images else 0)
+
+
+def _lines(dialogue: Dialogue | Conversation) -> list[Turn]:
+    if isinstance(dialogue, Dialogue):
+        return list(dialogue.turns)
+    turns = zip(dialogue.questions, dialogue.answers, strict=True)
+    return [*([dialogue.context] if dialogue.context else []), *(text for turn in turns for text in turn)]

@@ -61,9 +61,7 @@ class Packer:
         assert self.conversations is not None
         context, *turns = texts
         questions, answers = turns[0::2], turns[1::2]
-        return self.conversations.render(
-            context, questions, answers, grids, merge_size, unfinished=dialogue.unfinished
-        )
+        return self.conversations.render(context, questions, answers, grids, merge_size, unfinished=dialogue.unfinished)
 
     def _spare(self) -> PackedBatch:
         """What a rank works on while others have one pack more: next to nothing, but a forward like any other."""

@@ -95,7 +95,9 @@ class ConversationTemplate:
         """Tokens of the first part, int64 [B], from those of the context and of pictures with start and end."""
         newline = len(self.chat.newline)
         prompt_B = np.where(vision_B > 0, len(self._prompts[True]), len(self._prompts[False]))
-        newlines_B = newline * (((vision_B > 0) & (context_B > 0)).astype(np.int64) + ((vision_B > 0) | (context_B > 0)))
+        newlines_B = newline * (
+            ((vision_B > 0) & (context_B > 0)).astype(np.int64) + ((vision_B > 0) | (context_B > 0))
+        )
         return vision_B + context_B + prompt_B + newlines_B + len(self._tokens)
 
     def seen_tokens(self, context_B: np.ndarray, vision_B: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Dialogues as tokens: the backbone's chat format, with one pooled token per turn.
 
-A turn is `user: text` answered by an assistant message that is just the pool token, or, where `compression_tokens` are
-set, these. The template "plain" leaves the chat format out: a turn is its text and the tokens (CoMa's matching). Pictures
-always come first. Two layouts exist, drawn per dialogue (`task.query_history`, `task.target_history`):
+A turn is `user: text` answered by an assistant message that is just the pool token, or the compression tokens where a
+model has them. The template "plain" leaves the chat format out: a turn is its text and the tokens (CoMa's matching).
+Pictures always come first. Two layouts exist, drawn per dialogue (`task.query_history`, `task.target_history`):
 
 - `history` (causal): the turns follow each other, each sees all before it;
 - isolated: the prefix up to the pictures is written once and each turn continues it by itself, at positions that

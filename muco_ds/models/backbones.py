@@ -23,8 +23,6 @@ from muco_ds.models.attention import BACKENDS, register_attention
 log = logging.getLogger(__name__)
 
 EMB_TOKEN = "<|emb|>"
-COMPRESSION_TOKEN = "<|ctoken_pad_{}|>"
-"""Name of a compression token by its number from 0, as in CoMa's released code."""
 
 
 def load_config(path: str) -> PretrainedConfig:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from muco_ds.errors import UserError
 from muco_ds.losses.linear_cross_entropy import linear_cross_entropy
-from muco_ds.models.backbones import gathered, load_config, tensor_files
+from muco_ds.models.backbones import load_config, tensor_files
 from muco_ds.models.lora import TrainedRows
 
 NAME = "lm_head.weight"
@@ -46,7 +46,9 @@ class VocabularyHead(nn.Module):
         return linear_cross_entropy(state_ND, weight_VD, label_N)
 
 
-def vocabulary_head(model: PreTrainedModel, path: str, *, trained: bool, partition: dict[str, Any] | None):  # type: ignore[no-untyped-def]
+def vocabulary_head(
+    model: PreTrainedModel, path: str, *, trained: bool, partition: dict[str, Any] | None
+) -> VocabularyHead:
     """The head of the backbone in a folder, for a model that was loaded from there.
 
     Args:
@@ -57,9 +59,10 @@ def vocabulary_head(model: PreTrainedModel, path: str, *, trained: bool, partiti
     """
     config = load_config(path)
     if config.tie_word_embeddings:
-        table = model.get_input_embeddings()
+        table: Any = model.get_input_embeddings()
         if isinstance(table, TrainedRows):
-            return VocabularyHead(table.base_layer.weight, table.trained_rows, table.ids_R)
+            whole: Any = table.base_layer
+            return VocabularyHead(whole.weight, table.trained_rows, table.ids_R)
         return VocabularyHead(table.weight)
     files = dict(tensor_files(path))
     if NAME not in files:

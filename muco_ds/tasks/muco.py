@@ -151,9 +151,7 @@ class MuCoTask(nn.Module):
         return sum(counts) * key_ND.shape[1] * key_ND.element_size() > GATHERED_BYTES
 
 
-def summed(
-    loss_S: torch.Tensor, terms: Sequence[InfoNCE], world_size: int, sizes: Sequence[int]
-) -> TaskLoss:
+def summed(loss_S: torch.Tensor, terms: Sequence[InfoNCE], world_size: int, sizes: Sequence[int]) -> TaskLoss:
     """The mean over sizes, with the statistics of all terms together: those of `InfoNCE`, `rows`, and the `loss` that
     sums to it; `loss_64` and so on where there are several sizes."""
     loss = loss_S.mean()

@@ -9,7 +9,6 @@ Shape suffixes: T rows of the pack, H query heads, G key/value heads, d head dim
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,7 +27,9 @@ LAYOUTS: dict[str, list[list[Segment]]] = {
     "causal": [causal(length) for length in (1, 130, 17, 64, 129, 2, 300)],
     "isolated": [isolated(150, [7, 1, 33, 128, 64]), isolated(14, [20]), isolated(257, [130, 5])],
     "mixed": [causal(90), isolated(65, [1, 2, 40]), causal(1), isolated(300, [16] * 7)],
-    "compression": [[Segment(rows), Segment(behind, context=(rows - 32, rows))] for rows, behind in ((300, 90), (41, 7))],
+    "compression": [
+        [Segment(rows), Segment(behind, context=(rows - 32, rows))] for rows, behind in ((300, 90), (41, 7))
+    ],
 }
 
 

@@ -14,7 +14,6 @@ from muco_ds.data.schema import QUERY, Conversation, Side
 from muco_ds.data.stages import curriculum
 from muco_ds.data.stages.base import Sizes, lengths, ragged, vision_tokens
 from muco_ds.data.stages.curriculum import ALL_TURNS, Limit
-from muco_ds.data.templates import ChatTemplate
 
 _NO_IDS = np.zeros((0, 3), np.int64)
 
@@ -30,10 +29,7 @@ class CompressStage:
         self, index: Index, reader: Reader, conversations: ConversationTemplate, *, seed: int, turns: Limit = ALL_TURNS
     ) -> None:
         self.index, self.reader, self.conversations, self.seed, self.turns = index, reader, conversations, seed, turns
-
-    @property
-    def template(self) -> ChatTemplate:
-        return self.conversations.chat
+        self.template = conversations.chat
 
     def sizes(self, samples_B: np.ndarray, passes_B: np.ndarray, step: int) -> Sizes:
         """What samples in their passes, which a step takes, put into packs."""
