@@ -162,7 +162,9 @@ def build_stage(config: RunConfig, index: Index, reader: Reader, packer: Packer)
     )
 
 
-def build_task(config: RunConfig, embedder: Embedder, partition: dict[str, Any] | None) -> MuCoTask | CompressTask:
+def build_task(
+    config: RunConfig, embedder: Embedder, partition: dict[str, Any] | None = None
+) -> MuCoTask | CompressTask:
     """The loss half of the stage that `task.name` names. `partition`: the DeepSpeed configuration of ZeRO-3."""
     if config.task.name == "coma_compress":
         trained = config.model.lora.rank == 0

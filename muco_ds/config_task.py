@@ -114,6 +114,15 @@ def check_task(
                 f"task.turn_weights holds {{{kind}: {weight}}}: a kind is a number from 0, its weight a finite number "
                 "of at least 0"
             )
+    _check_compound(task, same_target, mask_same_image)
+    for key in ("after_query", "after_target"):
+        prompt = getattr(prompts, key)
+        if prompt.count("{counterpart}") != 1:
+            raise UserError(f"prompts.{key} is {prompt!r}: it must hold {{counterpart}} exactly once")
+
+
+def _check_compound(task: TaskOptions, same_target: str, mask_same_image: bool) -> None:
+    """Fine-tuning's four terms, and what the loss does with equal targets."""
     if task.compound == "separate" and not task.reconstruct:
         raise UserError("task.compound is separate but task.reconstruct is false: set the second to true")
     joint = task.reconstruct and task.compound == "joint"
@@ -127,10 +136,6 @@ def check_task(
             "task.compound is joint but loss.mask_same_image is false and loss.same_target is keep: change one, or "
             "the counterpart of each positive would be its negative"
         )
-    for key in ("after_query", "after_target"):
-        prompt = getattr(prompts, key)
-        if prompt.count("{counterpart}") != 1:
-            raise UserError(f"prompts.{key} is {prompt!r}: it must hold {{counterpart}} exactly once")
 
 
 def check_compress(loss: LossOptions, temperature: TemperatureOptions, negatives: int | None) -> None:

@@ -23,18 +23,22 @@ from transformers import PretrainedConfig
 
 from muco_ds.checkpoint import MANIFEST, TAG, Checkpoints, read_meta
 from muco_ds.errors import UserError
-from muco_ds.export_adapter import Adapter, Weight
+from muco_ds.export_adapter import Adapter, Weight, stored_weight
 from muco_ds.export_st import read_json, write_json, write_processing, write_sentence_transformers
 from muco_ds.families import FAMILIES
 from muco_ds.models.backbones import load_backbone, load_config
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_settings
+from muco_ds.models.head import NAME as HEAD_NAME
 from muco_ds.models.probe import probe_dialogues
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PREFIX = "embedder.model."
 """Where the task keeps the stock model; behind it stand the stock model's own names."""
+
+HEAD, TIED_ROWS = "head.weight", "head.trained_rows"
+"""What the task that predicts tokens has beside it; a tied head's weights stand in `PREFIX`, too."""
 
 MAX_SHARD = "4GB"
 
@@ -126,10 +130,14 @@ def _stock_weights(
 ) -> tuple[dict[str, Weight], Adapter | None]:
     """All weights of the stock model, and the adapter that went into them, if there is one."""
     weights, adapter = checkpoint_weights(checkpoint / TAG, meta["zero_stage"]), None
+    head = weights.pop(HEAD, None)  # a tied one is the embedding table
     if meta["config"]["model"].get("lora", {}).get("rank"):  # older checkpoints have no such section
         adapter = Adapter.of(checkpoint, meta, weights, base)
         weights = adapter.merged(config)
     _check_complete(weights, config, checkpoint)
+    if meta["config"]["task"]["name"] == "coma_compress" and not config.tie_word_embeddings:
+        # A head that is not trained stays that of the backbone.
+        weights[HEAD_NAME] = stored_weight(adapter.base, HEAD_NAME) if adapter else head
     return weights, adapter
 
 
@@ -164,7 +172,7 @@ def checkpoint_weights(folder: Path, stage: int) -> dict[str, Weight]:
         weights = _zero3_weights(models, optimizers) if stage == 3 else _zero12_weights(models[0], optimizers)
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"{folder}: not laid out as DeepSpeed 0.19 writes ZeRO stage {stage} ({error!r})") from error
-    return {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    return {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name != TIED_ROWS}
 
 
 def _load(path: Path) -> dict[str, Any]:

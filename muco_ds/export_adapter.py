@@ -34,6 +34,19 @@ class Weight:
     read: Callable[[], torch.Tensor]
 
 
+def stored_weight(path: str, name: str) -> Weight:
+    """A tensor of a backbone's files, which must hold it."""
+    file = dict(tensor_files(path))[name]
+    with safe_open(file, framework="pt") as tensors:
+        shape = torch.Size(tensors.get_slice(name).get_shape())
+
+    def read() -> torch.Tensor:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    return Weight(shape, read)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What a checkpoint of a run with an adapter holds, and the backbone it belongs to."""

@@ -6,11 +6,12 @@ what the rows of the data file say; from the package it takes only what was draw
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,7 @@ from muco_ds.distributed.testing import run_distributed
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.demo_model import write_model
 from muco_ds.models.embedder import Embedder
+from muco_ds.tasks.muco import MuCoTask
 
 pytestmark = pytest.mark.distributed
 
@@ -58,10 +60,13 @@ class Case:
     same_target: str = "mask"
     margin: float | None = None
     curriculum: CurriculumOptions = field(default_factory=CurriculumOptions)
+    compression_tokens: int = 0
+    template: Literal["chat", "plain"] = "chat"
 
 
 MUCO = TaskOptions(query_history=0.5, target_history=0.5, negatives=2)
 JOINT = TaskOptions(name="finetune", reconstruct=True, negatives=1)
+MATCH = TaskOptions(name="coma_match", negatives=1)
 CASES = {
     "muco with negatives": Case(MUCO),
     "muco with negatives, packs": Case(MUCO, pack_tokens=600),
@@ -84,6 +89,11 @@ CASES = {
     "separate, equal targets are positives, symmetric, packs": Case(
         replace(JOINT, compound="separate"), symmetric=True, pack_tokens=500, same_target="positive", margin=0.02
     ),
+    "matching by compression tokens, packs": Case(MATCH, pack_tokens=300, compression_tokens=5, template="plain"),
+    "matching by one compression token": Case(MATCH, compression_tokens=1, template="plain", sizes=(16,)),
+    "muco through compression tokens, packs": Case(MUCO, pack_tokens=600, compression_tokens=3),
+    "muco through compression tokens, plain": Case(MUCO, compression_tokens=4, template="plain"),
+    "joint through compression tokens": Case(JOINT, compression_tokens=3),
 }
 
 
@@ -132,15 +142,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = write_data(folder / "data", 24, 1, seed=0)
     write_model(folder / "model", row_texts(rows), seed=0)
     pq.write_table(pa.Table.from_pylist(m3t_rows(rows)), folder / "muco.parquet")
-    pq.write_table(pa.Table.from_pylist(pair_rows(rows)), folder / "finetune.parquet")
+    pq.write_table(pa.Table.from_pylist(pair_rows(rows)), folder / "pairs.parquet")
     return folder
 
 
+def rows_file(case: Case) -> str:
+    return "muco.parquet" if case.task.name == "muco" else "pairs.parquet"
+
+
 def run_config(folder: Path, case: Case) -> RunConfig:
-    images, data = str(folder / "data" / "images"), str(folder / f"{case.task.name}.parquet")
+    images, data = str(folder / "data" / "images"), str(folder / rows_file(case))
     return RunConfig(
         run=RunOptions(name="stages", max_steps=2, precision="fp32", seed=3),
-        model=ModelOptions(str(folder / "model"), freeze_vision=False, activation_checkpointing=False),
+        model=ModelOptions(
+            str(folder / "model"),
+            freeze_vision=False,
+            activation_checkpointing=False,
+            compression_tokens=case.compression_tokens,
+            template=case.template,
+        ),
         data=DataOptions(data, images, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS),
         task=case.task,
         curriculum=case.curriculum,
@@ -170,6 +190,7 @@ def trained(folder: Path) -> dict[str, tuple[dict[str, float], dict[str, torch.T
         task = build_task(config, Embedder(backbone, freeze_vision=False))
         batch = data.steps(STEP + 1)[STEP]
         assert isinstance(batch, StepBatch) and batch.rows_per_rank[rank].negatives > 0
+        assert isinstance(task, MuCoTask)
         result = task.loss([task(pack) for pack in batch.packs], batch.packs, batch.rows_per_rank)
         result.loss.backward()
         losses = {key: value.clone() for key, value in result.stats.items() if key.startswith("loss")}
@@ -209,8 +230,20 @@ class Stock:
         path = str(folder / "model")
         self.model = AutoModel.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.tokenizer.add_tokens(["<|emb|>", "<|mask|>"], special_tokens=True)
+        self.own = self.tokenizer
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+
+    def speak(self, case: Case) -> None:
+        """As the case's turns are written: what is around them, and the tokens that are read."""
+        tokens = [f"<|ctoken_pad_{i}|>" for i in range(case.compression_tokens)] or ["<|emb|>", "<|mask|>"]
+        self.tokenizer = copy.deepcopy(self.own)
+        self.tokenizer.add_tokens([*tokens, *(["<|mask|>"] if case.task.reconstruct else [])], special_tokens=True)
+        self.read = case.compression_tokens or 1
+        pooled = "".join(tokens[: self.read])
+        chat = case.template == "chat"
+        self.opening = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" if chat else ""
+        self.between = "<|im_end|>\n<|im_start|>user\n" if chat else ""
+        self.closing = f"<|im_end|>\n<|im_start|>assistant\n{pooled}" if chat else pooled
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -223,7 +256,7 @@ class Stock:
 
     def _prompt(self, turns: Sequence[list[int]], images: Sequence[Any]) -> list[torch.Tensor]:
         extra: dict[str, torch.Tensor] = {}
-        ids = self.ids("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+        ids = self.ids(self.opening)
         if images:
             size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
             out = self.image_processor(images=[decode(image) for image in images], size=size, return_tensors="pt")
@@ -232,15 +265,15 @@ class Stock:
                 ids += self.ids("<|vision_start|>" + "<|image_pad|>" * (int(grid.prod()) // 4) + "<|vision_end|>")
         pooled = []
         for j, turn in enumerate(turns):
-            ids += self.ids("<|im_end|>\n<|im_start|>user\n") if j else self.ids("\n") if images and turn else []
-            ids += [*turn, *self.ids("<|im_end|>\n<|im_start|>assistant\n<|emb|>")]
-            pooled.append(len(ids) - 1)
+            ids += self.ids(self.between) if j else self.ids("\n") if images and turn else []
+            ids += [*turn, *self.ids(self.closing)]
+            pooled.append(range(len(ids) - self.read, len(ids)))
         ids_1L = torch.tensor([ids])
         if images:
             extra["mm_token_type_ids"] = (ids_1L == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
         self.model.rope_deltas = None
         hidden_LD = self.model(input_ids=ids_1L, use_cache=False, **extra).last_hidden_state[0]
-        return list(torch.nn.functional.normalize(hidden_LD[pooled], dim=-1))
+        return [torch.nn.functional.normalize(hidden_LD[list(rows)].mean(0), dim=0) for rows in pooled]
 
 
 def keys_of(data: Data, stock: Stock, rows: list[dict[str, Any]]) -> tuple[list[Key], list[Key], list[Key]]:
@@ -303,7 +336,8 @@ def reference(folder: Path) -> dict[str, tuple[dict[str, float], dict[str, torch
     stock, results = Stock(folder), {}
     for name, case in CASES.items():
         data = build_data(run_config(folder, case), 1)
-        rows = pq.read_table(folder / f"{case.task.name}.parquet").to_pylist()
+        stock.speak(case)
+        rows = pq.read_table(folder / rows_file(case)).to_pylist()
         sides = queries, _, negatives = keys_of(data, stock, rows)
         assert any(negative.target == query.target for negative in negatives for query in queries) or "joint" in name
         sizes = sorted({*case.sizes, len(queries[0].emb_D)})

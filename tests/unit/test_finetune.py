@@ -29,7 +29,7 @@ from muco_ds.tasks.finetune import FineTuneTask
 from demo import Demo, Rows, write_picture, write_rows
 from tiny_models import embedder, model_folder
 
-PROMPTS = vars(PromptOptions())
+PROMPTS = {name: vars(PromptOptions())[name] for name in ("after_query", "after_target")}
 WORDS = ["red", "green", "blue", "big", "small", "square", "where", "what", "name", "the", "2", "a"]
 
 

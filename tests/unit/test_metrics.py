@@ -29,7 +29,7 @@ def test_a_line_is_readable_as_soon_as_it_is_written(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, start_step=0)
     writer.write(values(1, **{"val/overall/precision@1": 0.25}))
     assert [line["step"] for line in written(tmp_path)] == [1]  # before close: a killed run keeps it
-    writer.picture("val/answers", np.zeros((4, 6, 3), np.uint8), 1)
+    writer.show({"val/answers": np.zeros((4, 6, 3), np.uint8), "val/said": "**yes**"}, 1)
     writer.config({"run": {"name": "r"}})
     writer.write(values(2))
     writer.close()
@@ -38,7 +38,9 @@ def test_a_line_is_readable_as_soon_as_it_is_written(tmp_path: Path) -> None:
     scalars = set(board.Tags()["scalars"])
     assert {"train/loss", "train/in_batch_top1", "val/overall/precision@1"} <= scalars
     assert "train/step" not in scalars and "train/mfu" not in scalars
-    assert board.Tags()["images"] == ["val/answers"] and "config/text_summary" in board.Tags()["tensors"]
+    assert board.Tags()["images"] == ["val/answers"] and {"config/text_summary", "val/said/text_summary"} <= {
+        *board.Tags()["tensors"]
+    }
 
 
 @pytest.mark.parametrize("key", sorted(METRIC_KEYS))
