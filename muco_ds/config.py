@@ -92,7 +92,7 @@ class Source:
     """One data set of a mixture.
 
     Args:
-        path: Parquet file, folder of parquet files, or glob pattern.
+        path: Parquet file (conversations: JSON lines too), folder of them, or glob.
         images: Folder that its image paths are relative to; null: `data.images`.
         weight: Share of the examples drawn, relative to the other data sets'; null (on all of them): its rows.
     """
@@ -107,8 +107,8 @@ class DataOptions:
     """The training rows, their pictures, and how pictures are sized.
 
     Args:
-        train: Parquet file, folder of parquet files, or glob pattern; or a list of data sets to mix, each with
-            `path`, `images` and `weight`.
+        train: Parquet file (conversations: JSON lines too), folder of them, or glob; or a list of data sets to mix,
+            each with `path`, `images` and `weight`.
         images: Folder that the rows' image paths are relative to.
         val: Held-out rows, same forms as `train`; null: none.
         index_dir: Folder of the length index; null: beside the data.
@@ -386,7 +386,10 @@ def check_paths(config: RunConfig) -> None:
 
 
 def _check_rows(key: str, path: str) -> None:
-    pattern = os.path.join(path, "**", "*.parquet") if os.path.isdir(path) else path
-    if not (os.path.isfile(path) or glob.glob(pattern, recursive=True)):
-        what = "no *.parquet file in folder" if os.path.isdir(path) else "no such file or folder"
-        raise UserError(f"{key}: {what} '{path}': set it to a parquet file, a folder of them or a glob pattern")
+    kinds = ("*.parquet", "*.jsonl")
+    patterns = [os.path.join(path, "**", kind) for kind in kinds] if os.path.isdir(path) else [path]
+    if not (os.path.isfile(path) or any(glob.glob(pattern, recursive=True) for pattern in patterns)):
+        what = f"no {' or '.join(kinds)} file in folder" if os.path.isdir(path) else "no such file or folder"
+        raise UserError(
+            f"{key}: {what} '{path}': set it to a parquet or JSON lines file, a folder of them or a glob pattern"
+        )

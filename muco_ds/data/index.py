@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from muco_ds.data.images import ImageError, ImagePipeline, read_size
-from muco_ds.data.readers import M3TReader, RowError
+from muco_ds.data.readers import RowError, SourceReader
 from muco_ds.data.schema import Record
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
@@ -169,7 +169,7 @@ class TableWriter:
 class Indexer:
     """Measures rows of a data set; picklable, so that several processes share the work."""
 
-    def __init__(self, reader: M3TReader, template: ChatTemplate, images: ImagePipeline) -> None:
+    def __init__(self, reader: SourceReader, template: ChatTemplate, images: ImagePipeline) -> None:
         self.reader, self.template, self.images = reader, template, images
 
     def fingerprint(self) -> str:

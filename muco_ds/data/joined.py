@@ -16,7 +16,7 @@ import numpy as np
 
 from muco_ds.data import draws
 from muco_ds.data.index import Index, Part, TableWriter, load_index, publish_index, seen_index, writing_index
-from muco_ds.data.readers import M3TReader
+from muco_ds.data.readers import SourceReader
 from muco_ds.data.schema import Record
 
 _CHUNK = 2**20
@@ -25,7 +25,7 @@ _CHUNK = 2**20
 class JoinedReader:
     """Readers as one; row numbers go on from one to the next."""
 
-    def __init__(self, readers: Sequence[M3TReader]) -> None:
+    def __init__(self, readers: Sequence[SourceReader]) -> None:
         self.readers = list(readers)
         self._ends = list(accumulate(map(len, readers)))
 
@@ -39,7 +39,9 @@ class JoinedReader:
         return replace(self.readers[which].record(row - start), row=row)
 
 
-def join_indices(parts: Sequence[Index], readers: Sequence[M3TReader], folder: str | None, *, builder: bool) -> Index:
+def join_indices(
+    parts: Sequence[Index], readers: Sequence[SourceReader], folder: str | None, *, builder: bool
+) -> Index:
     """One index over several data sets, written once like theirs and memory-mapped: millions of rows cost no memory.
 
     Args:
@@ -63,7 +65,7 @@ def join_indices(parts: Sequence[Index], readers: Sequence[M3TReader], folder: s
     return replace(index, parts=named)
 
 
-def _write(parts: Sequence[Index], readers: Sequence[M3TReader], path: Path) -> None:
+def _write(parts: Sequence[Index], readers: Sequence[SourceReader], path: Path) -> None:
     work = path.with_name(f"{path.name}.tmp{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,15 +43,50 @@ class Reader(Protocol):
         ...
 
 
-def data_files(pattern: str, key: str) -> list[str]:
-    """Parquet files of a path, folder or glob, sorted. `key` is the config key named in errors."""
+class SourceReader(Reader, Protocol):
+    """Rows of one data set. `key` is what set it, for messages; `images` is where its picture paths start."""
+
+    key: str
+    files: list[str]
+    images: str
+    negatives: bool
+
+
+def data_files(pattern: str, key: str, suffixes: Sequence[str] = (".parquet",)) -> list[str]:
+    """Files of a path, folder or glob, sorted; of a folder those that end in one of `suffixes`.
+
+    `key` is the config key named in errors.
+    """
     if os.path.isdir(pattern):
-        files = sorted(str(path) for path in Path(pattern).glob("**/*.parquet"))
+        files = sorted(str(path) for suffix in suffixes for path in Path(pattern).glob(f"**/*{suffix}"))
     else:
         files = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
     if not files:
-        raise UserError(f"{key}: no parquet file at '{pattern}': give a .parquet file, a folder of them or a glob")
+        kinds = " or ".join(suffix.removeprefix(".") for suffix in suffixes)
+        cure = f"give a {' or '.join(suffixes)} file, a folder of them or a glob"
+        raise UserError(f"{key}: no {kinds} file at '{pattern}': {cure}")
     return files
+
+
+def picture_folder(images: str, pattern: str) -> str:
+    """The real path of the folder that the picture paths of the rows at `pattern` start from."""
+    if not os.path.isdir(images):
+        raise UserError(f"data.images: no such folder '{images}': set it to where the paths of '{pattern}' start")
+    return os.path.realpath(images)
+
+
+def picture_paths(value: Any, images: str) -> tuple[str, ...]:
+    """Absolute paths of the pictures in a column that holds one path, a list of them or none.
+
+    Raises RowError for anything else, and for a path that leaves the folder `images`, a real path.
+    """
+    names = _strings(value, "a picture path")
+    # Links are the user's own and may lead anywhere; '../' and '/' in a row must not.
+    paths = tuple(os.path.normpath(os.path.join(images, name)) for name in names if name)
+    for path in paths:
+        if os.path.commonpath([path, images]) != images or "\0" in path:
+            raise RowError(f"picture path leaves data.images: {path!r}")
+    return paths
 
 
 class M3TReader:
@@ -65,12 +100,10 @@ class M3TReader:
     def __init__(self, pattern: str, images: str, key: str = "data.train", *, negatives: bool = False) -> None:
         self.key, self.negatives = key, negatives
         self.files = data_files(pattern, key)
-        self.images = os.path.realpath(images)
-        if not os.path.isdir(self.images):
-            raise UserError(f"data.images: no such folder '{images}': set it to where the paths of '{pattern}' start")
+        self.images = picture_folder(images, pattern)
         if not sum(_checked_rows(path) for path in self.files):
             raise UserError(f"{self.files[0]}: holds no rows: set {key} to a parquet file with data")
-        self._dataset = _memory_mapped(self.files)
+        self._dataset = memory_mapped(self.files)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -127,13 +160,7 @@ class M3TReader:
         return tuple(negatives)
 
     def _paths(self, value: Any) -> tuple[str, ...]:
-        names = _strings(value, "a picture path")
-        # Links are the user's own and may lead anywhere; '../' and '/' in a row must not.
-        paths = tuple(os.path.normpath(os.path.join(self.images, name)) for name in names if name)
-        for path in paths:
-            if os.path.commonpath([path, self.images]) != self.images or "\0" in path:
-                raise RowError(f"picture path leaves data.images: {path!r}")
-        return paths
+        return picture_paths(value, self.images)
 
 
 class PairReader(M3TReader):
@@ -192,14 +219,19 @@ def _listed(value: Any, column: str) -> list[str]:
     return texts
 
 
-def _checked_rows(path: str) -> int:
-    """Rows of a parquet file. Raises UserError naming the file when it is none, or not with M3T's columns."""
+def parquet_facts(path: str) -> tuple[int, pa.Schema]:
+    """Rows and columns of a parquet file. Raises UserError naming the file when it is none."""
     try:
         with pq.ParquetFile(path) as file:
-            rows, schema = file.metadata.num_rows, file.schema_arrow
+            return file.metadata.num_rows, file.schema_arrow
     except Exception as error:  # the parquet library raises several kinds on broken files
         cause = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{path}: can't be read as parquet ({cause}): was it written completely?") from error
+
+
+def _checked_rows(path: str) -> int:
+    """Rows of a parquet file. Raises UserError naming the file when it is none, or not with M3T's columns."""
+    rows, schema = parquet_facts(path)
     for name in M3T_COLUMNS:
         if name not in schema.names:
             raise UserError(
@@ -212,7 +244,8 @@ def _checked_rows(path: str) -> int:
     return rows
 
 
-def _memory_mapped(files: list[str]) -> Dataset:
+def memory_mapped(files: list[str]) -> Dataset:
+    """Rows of parquet files with the same columns, kept on disk. Raises UserError naming a file."""
     disable_progress_bars()
     try:
         # M3T is one row group of gigabytes, which would otherwise be held at once.
