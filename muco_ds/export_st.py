@@ -1,23 +1,29 @@
 """What other libraries read beside the weights: chat template, processor and sentence-transformers files.
 
 sentence-transformers sends every input through the chat template and pools the last token, so the template must render
-the training prompt and end exactly at the pool token.
+the training prompt and end exactly at the pool token. For a compressed model it ends with the compression tokens, which
+a module beside the weights pools.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from muco_ds.data.templates import END, IMAGE_PAD, SYSTEM_PROMPT, VISION_END, VISION_START
 from muco_ds.families import FAMILIES
+from muco_ds.models.backbones import COMPRESSION_TOKEN
 from muco_ds.models.folder import Settings
+
+_POOLING = "compression_pooling"
+"""Module of this package that goes into the folder of a compressed model."""
 
 # All output stands in expressions and every tag strips its surroundings, so the layout of this text renders as nothing.
 _TEMPLATE = r"""
-{#- Each user turn ends at the token whose state is its embedding; pictures come before the text, as in training. -#}
+{#- Each user turn ends at the token(s) pooled to its embedding; pictures come before the text, as in training. -#}
 {%- macro text_of(content) -%}
   {%- if content is string -%}
     {{- content -}}
@@ -30,12 +36,12 @@ _TEMPLATE = r"""
 {%- for message in messages -%}
   {%- set content = message['content'] -%}
   {%- if message['role'] == 'system' and loop.first -%}
-    {{- '<|im_start|>system\n' + text_of(content) + 'END\n' -}}
+    {{- SYSTEM_MESSAGE -}}
   {%- elif message['role'] == 'user' -%}
     {%- if loop.first -%}
-      {{- '<|im_start|>system\nSYSTEM_PROMPTEND\n' -}}
+      {{- 'OPENING' -}}
     {%- endif -%}
-    {{- '<|im_start|>user\n' -}}
+    {{- 'USER' -}}
     {%- set pictures = namespace(count=0) -%}
     {%- if content is not string -%}
       {%- for part in content -%}
@@ -51,7 +57,7 @@ _TEMPLATE = r"""
     {%- if pictures.count and text -%}
       {{- '\n' -}}
     {%- endif -%}
-    {{- text + 'END\n<|im_start|>assistant\nPOOL' -}}
+    {{- text + 'TAIL' -}}
     {%- if not loop.last -%}
       {{- 'CLOSING' -}}
     {%- endif -%}
@@ -62,20 +68,28 @@ _TEMPLATE = r"""
 """
 
 
-def chat_template(pool_token: str) -> str:
-    """Jinja template whose prompt equals `ChatTemplate.render` and ends at the pool token.
+def chat_template(pool_token: str, compression_tokens: int = 0, plain: bool = False) -> str:
+    """Jinja template whose prompt equals `ChatTemplate.render` and ends with the token(s) that are pooled.
 
     A system message replaces the default one. `add_generation_prompt` changes nothing.
+
+    Args:
+        compression_tokens: how many stand in place of the pool token.
+        plain: nothing but pictures, texts and pooled tokens.
     """
-    values = {
-        "SYSTEM_PROMPT": SYSTEM_PROMPT,
-        "VISION": VISION_START + IMAGE_PAD + VISION_END,
-        "CLOSING": r"\n" if pool_token == END else END + r"\n",
-        "POOL": pool_token,
-        "END": END,
-    }
+    pooled = "".join(COMPRESSION_TOKEN.format(i) for i in range(compression_tokens)) or pool_token
+    values = dict.fromkeys(("OPENING", "USER", "CLOSING"), "")
+    values |= {"SYSTEM_MESSAGE": "raise_exception('Plain prompts have no system message.')", "TAIL": pooled}
+    if not plain:
+        values = {
+            "SYSTEM_MESSAGE": rf"'<|im_start|>system\n' + text_of(content) + '{END}\n'",
+            "OPENING": rf"<|im_start|>system\n{SYSTEM_PROMPT}{END}\n",
+            "USER": r"<|im_start|>user\n",
+            "TAIL": rf"{END}\n<|im_start|>assistant\n{pooled}",
+            "CLOSING": r"\n" if pooled == END else rf"{END}\n",
+        }
     template = _TEMPLATE.strip()
-    for name, value in values.items():
+    for name, value in {**values, "VISION": VISION_START + IMAGE_PAD + VISION_END}.items():
         template = template.replace(name, value)
     return template
 
@@ -107,19 +121,29 @@ def write_processing(folder: Path, settings: Settings, model_type: str) -> None:
     write_json(folder / "processor_config.json", processor)
 
 
-def write_sentence_transformers(folder: Path, dimension: int, sizes: Sequence[int]) -> None:
+def write_sentence_transformers(
+    folder: Path, dimension: int, sizes: Sequence[int], compression_tokens: int = 0
+) -> None:
     """The files that make `SentenceTransformer(folder)` embed texts, pictures and both (sentence-transformers 6.2).
 
     Without `modality_config` it would take text only and skip the chat template; without modules.json it would average.
     It has no field for the sizes a model was trained for: they stand in the model card, for people to pass
-    `truncate_dim`.
+    `truncate_dim`. A compressed model brings its own pooling module, which people allow by `trust_remote_code=True`.
     """
-    if sizes:
-        (folder / "README.md").write_text(_sizes_card(sizes), encoding="utf-8")
+    if sizes or compression_tokens:
+        (folder / "README.md").write_text(_model_card(sizes, compression_tokens), encoding="utf-8")
+    pooling_type = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+    pooling: dict[str, Any] = {"embedding_dimension": dimension}
+    if compression_tokens:
+        shutil.copyfile(Path(__file__).with_name(f"{_POOLING}.py"), folder / f"{_POOLING}.py")
+        pooling_type = f"{_POOLING}.CompressionPooling"
+        pooling["compression_tokens"] = compression_tokens
+    else:
+        pooling |= {"pooling_mode": "lasttoken", "include_prompt": True}
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     modules = [
         ("", "sentence_transformers.base.modules.transformer.Transformer"),
-        ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
+        ("1_Pooling", pooling_type),
         ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
     ]
     files: dict[str, Any] = {
@@ -132,11 +156,7 @@ def write_sentence_transformers(folder: Path, dimension: int, sizes: Sequence[in
             "module_output_name": "token_embeddings",
             "unpad_inputs": False,
         },
-        "1_Pooling/config.json": {
-            "embedding_dimension": dimension,
-            "pooling_mode": "lasttoken",
-            "include_prompt": True,
-        },
+        "1_Pooling/config.json": pooling,
         "2_Normalize/config.json": {},
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
@@ -150,23 +170,42 @@ def write_sentence_transformers(folder: Path, dimension: int, sizes: Sequence[in
         write_json(folder / name, content)
 
 
-def _sizes_card(sizes: Sequence[int]) -> str:
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: feature-extraction
-tags:
-- sentence-transformers
-- matryoshka
----
+def _model_card(sizes: Sequence[int], compression_tokens: int) -> str:
+    """README.md: what people must know to use the model, if it has several sizes or compression tokens."""
+    tags = [*["matryoshka"] * bool(sizes), *["custom_code"] * bool(compression_tokens)]
+    trust = ", trust_remote_code=True" if compression_tokens else ""
+    head = ["---", "library_name: sentence-transformers", "pipeline_tag: feature-extraction", "tags:"]
+    parts = ["\n".join([*head, *(f"- {tag}" for tag in ("sentence-transformers", *tags)), "---\n"])]
+    if compression_tokens:
+        parts.append(_COMPRESSION.format(tokens=compression_tokens))
+    if sizes:
+        parts.append(_SIZES.format(sizes=", ".join(map(str, sizes)), smallest=sizes[0], trust=trust))
+    return "\n".join(parts)
 
-# Sizes of the embeddings
 
-Trained as Matryoshka embeddings (arXiv 2205.13147) of {", ".join(map(str, sizes))} components: cut to one of these
+_COMPRESSION = f"""# Embeddings of {{tokens}} compression tokens
+
+The embedding of a text, a picture or both is the mean of the states of the {{tokens}} tokens that the chat template
+puts behind them (CoMa, arXiv 2511.08480), at unit length. The two give the same vectors:
+
+```python
+SentenceTransformer(PATH, trust_remote_code=True).encode(items)
+muco_ds.Embedder.from_pretrained(PATH).encode(items)
+```
+
+sentence-transformers has no such pooling, so it stands in `{_POOLING}.py` in this folder. Without
+`trust_remote_code=True` the model is refused: it "references the module class '{_POOLING}.CompressionPooling', which is
+not part of Sentence Transformers".
+"""
+
+_SIZES = """# Sizes of the embeddings
+
+Trained as Matryoshka embeddings (arXiv 2205.13147) of {sizes} components: cut to one of these
 sizes they are embeddings as well. The two give the same vectors:
 
 ```python
-SentenceTransformer(PATH, truncate_dim={sizes[0]}).encode(items, normalize_embeddings=True)
-muco_ds.Embedder.from_pretrained(PATH).encode(items, dim={sizes[0]})
+SentenceTransformer(PATH, truncate_dim={smallest}{trust}).encode(items, normalize_embeddings=True)
+muco_ds.Embedder.from_pretrained(PATH).encode(items, dim={smallest})
 ```
 
 Without `normalize_embeddings=True` sentence-transformers gives the leading components of the whole embedding, which are

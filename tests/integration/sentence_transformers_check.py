@@ -41,7 +41,8 @@ def main() -> None:
         return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
     embedder = Embedder.from_pretrained(path, device="cpu", dtype=torch.float32)
-    model = SentenceTransformer(path, device="cpu", local_files_only=True)
+    # A compressed model brings its own pooling module.
+    model = SentenceTransformer(path, device="cpu", local_files_only=True, trust_remote_code=True)
     assert embedder.packer is not None
     side = embedder.packer.images.factor
     # Whole tokens within the model's limits: these sizes are not resized.

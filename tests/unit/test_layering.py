@@ -16,6 +16,7 @@ MAX_FUNCTION_LINES = 60
 LEVELS = [
     {
         "errors",
+        "compression_pooling",
         "config",
         "config_cli",
         "config_curriculum",
