@@ -76,21 +76,25 @@ module = found.load(folder, subfolder="1_Pooling")
 os.makedirs(folder + "/again/1_Pooling")
 module.save(folder + "/again/1_Pooling")
 again = import_module_class(type, folder + "/again", trust_remote_code=True, local_files_only=True)
+print(module)
 print(again.load(folder + "/again", subfolder="1_Pooling"))
 import_module_class(type, folder, local_files_only=True)
 """
 
 
 def test_the_folder_is_enough_if_its_code_is_trusted(tmp_path: Path) -> None:
-    write_sentence_transformers(tmp_path, 6, [], compression_tokens=4)
-    command = [sys.executable, "-c", WITHOUT_MUCO, str(tmp_path)]
+    folder = tmp_path / "model"  # apart from where it runs, which Python searches as well
+    folder.mkdir()
+    write_sentence_transformers(folder, 6, [], compression_tokens=4)
+    command = [sys.executable, "-c", WITHOUT_MUCO, str(folder)]
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
-    assert "CompressionPooling({'embedding_dimension': 6, 'compression_tokens': 4})" in done.stdout, done.stderr
+    loaded = "CompressionPooling({'embedding_dimension': 6, 'compression_tokens': 4})"
+    assert done.stdout.splitlines() == [loaded] * 2, done.stderr
     refusal = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "Please pass the argument `trust_remote_code=True`" in refusal[-1]
     said = "references the module class 'compression_pooling.CompressionPooling', which is not part of"
-    assert said in refusal[-2] and said in " ".join((tmp_path / "README.md").read_text().split())
+    assert said in refusal[-2] and said in " ".join((folder / "README.md").read_text().split())
 
 
 def test_the_card_has_the_parts_that_apply(tmp_path: Path) -> None:
