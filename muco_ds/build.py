@@ -21,7 +21,7 @@ from muco_ds.data.joined import JoinedReader, join_indices
 from muco_ds.data.loader import StepDataset
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
-from muco_ds.data.readers import M3TReader, PairReader, Reader
+from muco_ds.data.readers import M3TReader, PairReader, Reader, SourceReader
 from muco_ds.data.schema import TURNS_PER_SAMPLE
 from muco_ds.data.stages.base import Stage
 from muco_ds.data.stages.compress import CompressStage
@@ -35,7 +35,7 @@ from muco_ds.errors import UserError
 from muco_ds.eval.answers import AnswerValidation
 from muco_ds.eval.held_out import RetrievalValidation, Validation
 from muco_ds.flops import FlopsModel
-from muco_ds.models.backbones import load_backbone, load_config, new_rows
+from muco_ds.models.backbones import draw_rows, load_backbone, load_config, new_rows, unknown_compression_ids
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
 from muco_ds.models.head import vocabulary_head
@@ -176,7 +176,7 @@ def build_task(
     return MuCoTask(embedder, config.loss)
 
 
-def build_reader(config: RunConfig, source: Source, key: str) -> M3TReader:
+def build_reader(config: RunConfig, source: Source, key: str) -> SourceReader:
     """The rows of a data set as the stage needs them; held-out rows are questions and answers alone."""
     assert source.images is not None
     if config.task.name == "coma_compress":
@@ -199,7 +199,7 @@ def open_sources(config: RunConfig, packer: Packer) -> tuple[Reader, Index]:
     return JoinedReader(readers), joined
 
 
-def open_rows(config: RunConfig, packer: Packer, source: Source, key: str) -> tuple[M3TReader, Index]:
+def open_rows(config: RunConfig, packer: Packer, source: Source, key: str) -> tuple[SourceReader, Index]:
     """Reader and length index of a data set; rank 0 builds the index if it is not there. Collective."""
     with env.agreement():
         reader = build_reader(config, source, key)
@@ -290,9 +290,11 @@ def build_engine(
 def _build_model(config: RunConfig, processing: Processing, partition: dict[str, Any] | None) -> PreTrainedModel:
     """The backbone, with its adapter if there is one. `partition`: the DeepSpeed configuration of ZeRO-3."""
     lora, tokens = config.model.lora, len(processing.tokenizer)
-    if lora.rank and lora.train_embeddings == "none" and tokens > load_config(config.model.path).text_config.vocab_size:
+    unknown = unknown_compression_ids(config.model.path, processing.tokenizer)
+    rows = load_config(config.model.path).text_config.vocab_size
+    if lora.rank and lora.train_embeddings == "none" and (tokens > rows or unknown):
         raise UserError(
-            f"model.lora.train_embeddings is none but '{config.model.path}' has no rows for new tokens: set it to new",
+            f"model.lora.train_embeddings is none but new tokens are unknown to '{config.model.path}': set it to new",
             on_every_rank=True,
         )
     # transformers builds the model partitioned, and peft gathers what it needs, as long as such an object is alive.
@@ -303,6 +305,8 @@ def _build_model(config: RunConfig, processing: Processing, partition: dict[str,
         attention=config.model.attention,
         vocabulary=tokens,
     )
+    if unknown:
+        draw_rows(model, unknown, config.run.seed)
     if lora.rank:
         add_adapter(model, lora, new_rows(processing.tokenizer), config.run.seed)
     del partitioned

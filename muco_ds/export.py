@@ -31,6 +31,7 @@ from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_settings
 from muco_ds.models.head import NAME as HEAD_NAME
+from muco_ds.models.head import tied
 from muco_ds.models.probe import probe_dialogues
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -111,7 +112,7 @@ def export_checkpoint(
         else:
             _write_config(work, config, DTYPES[dtype])
             write_processing(work, settings, config.model_type)
-            write_sentence_transformers(work, config.text_config.hidden_size, settings.matryoshka)
+            write_sentence_transformers(work, config.text_config.hidden_size, settings)
             write_weights(work, weights, DTYPES[dtype], max_shard, progress)
             embedder = Embedder.from_pretrained(str(work), dtype=DTYPES[dtype])
         difference, tolerance = _verify(embedder, checkpoint, meta, dtype)
@@ -135,9 +136,12 @@ def _stock_weights(
         adapter = Adapter.of(checkpoint, meta, weights, base)
         weights = adapter.merged(config)
     _check_complete(weights, config, checkpoint)
-    if meta["config"]["task"]["name"] == "coma_compress" and not config.tie_word_embeddings:
-        # A head that is not trained stays that of the backbone.
-        weights[HEAD_NAME] = stored_weight(adapter.base, HEAD_NAME) if adapter else head
+    if meta["config"]["task"]["name"] == "coma_compress" and not tied(config):
+        # A head that is not trained is still that of the backbone.
+        if head is None:
+            assert adapter is not None
+            head = stored_weight(adapter.base, HEAD_NAME)
+        weights[HEAD_NAME] = head
     return weights, adapter
 
 

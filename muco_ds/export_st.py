@@ -96,7 +96,8 @@ def chat_template(pool_token: str, compression_tokens: int = 0, plain: bool = Fa
 
 def write_processing(folder: Path, settings: Settings, model_type: str) -> None:
     """Turn the training run's processing files in `folder` into ones that stock classes load."""
-    (folder / "chat_template.jinja").write_text(chat_template(settings.pool_token), encoding="utf-8")
+    template = chat_template(settings.pool_token, settings.compression_tokens, plain=settings.template == "plain")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     tokenizer = read_json(folder / "tokenizer_config.json")
     # Truncation would cut the pool token off, and sentence-transformers would pool another one without a word.
@@ -121,15 +122,14 @@ def write_processing(folder: Path, settings: Settings, model_type: str) -> None:
     write_json(folder / "processor_config.json", processor)
 
 
-def write_sentence_transformers(
-    folder: Path, dimension: int, sizes: Sequence[int], compression_tokens: int = 0
-) -> None:
+def write_sentence_transformers(folder: Path, dimension: int, settings: Settings) -> None:
     """The files that make `SentenceTransformer(folder)` embed texts, pictures and both (sentence-transformers 6.2).
 
     Without `modality_config` it would take text only and skip the chat template; without modules.json it would average.
     It has no field for the sizes a model was trained for: they stand in the model card, for people to pass
     `truncate_dim`. A compressed model brings its own pooling module, which people allow by `trust_remote_code=True`.
     """
+    sizes, compression_tokens = settings.matryoshka, settings.compression_tokens
     if sizes or compression_tokens:
         (folder / "README.md").write_text(_model_card(sizes, compression_tokens), encoding="utf-8")
     pooling_type = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"

@@ -25,7 +25,7 @@ from muco_ds.config import RunConfig, Source, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.data.collator import Packer
 from muco_ds.data.index import Index, Indexer, index_path, open_index
-from muco_ds.data.readers import M3TReader
+from muco_ds.data.readers import SourceReader
 from muco_ds.data.stages.base import Stage, longest_rows
 from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.errors import UserError, exit_on_user_error
@@ -49,7 +49,7 @@ def split_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def indexed(
     config: RunConfig, packer: Packer, source: Source, key: str, own: argparse.Namespace
-) -> tuple[M3TReader, Index]:
+) -> tuple[SourceReader, Index]:
     reader = build_reader(config, source, key)
     indexer = Indexer(reader, packer.template, packer.images)
     if own.rebuild:
@@ -57,7 +57,7 @@ def indexed(
     return reader, open_index(indexer, config.data.index_dir, builder=True, processes=own.processes)
 
 
-def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -> None:
+def report(config: RunConfig, packer: Packer, reader: SourceReader, index: Index) -> None:
     print(f"rows      {len(reader)}, usable {len(index)}, bad {index.bad_rows}")
     if index.bad_rows:
         print_bad_rows(index)
@@ -76,7 +76,7 @@ def report(config: RunConfig, packer: Packer, reader: M3TReader, index: Index) -
     print(f"index     {index.folder}")
 
 
-def stage_of(config: RunConfig, key: str, index: Index, reader: M3TReader, packer: Packer) -> Stage:
+def stage_of(config: RunConfig, key: str, index: Index, reader: SourceReader, packer: Packer) -> Stage:
     """The run's stage; held-out questions and answers are turns to be encoded, whatever it is trained on."""
     if key != "data.val" or config.task.name == "coma_compress":
         return build_stage(config, index, reader, packer)

@@ -87,6 +87,26 @@ def compression_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [row for _, row in sorted((int(match[1]), row) for match, row in found if match)]
 
 
+def unknown_compression_ids(path: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of the compression tokens in a tokenizer, if the backbone in a folder was never compressed."""
+    ours = compression_ids(tokenizer)
+    return [] if ours and compression_ids(AutoTokenizer.from_pretrained(path)) else ours
+
+
+@torch.no_grad()
+def draw_rows(model: PreTrainedModel, rows: list[int], seed: int) -> None:
+    """Give rows of the embedding table distinct values, spread as those of the rows before them; alike on every rank.
+
+    Spare rows of a released model were never trained, and may be all the same.
+    """
+    table: Any = model.get_input_embeddings().weight
+    with gathered(table, changed=True):
+        known_VD = table[: min(rows)].float()
+        noise_RD = torch.randn(len(rows), table.shape[1], generator=torch.Generator().manual_seed(seed))
+        table[rows] = (known_VD.mean(0) + known_VD.std(0) * noise_RD.to(table.device)).to(table.dtype)
+    log.info("vocabulary: %d compression tokens begin with rows drawn like the others", len(rows))
+
+
 def load_image_processor(path: str) -> Qwen2VLImageProcessorPil:
     """The folder's image processor in its Pillow form: torchvision is not needed to train."""
     try:
@@ -165,13 +185,17 @@ def verify_weights(model: PreTrainedModel, path: str) -> None:
                 raise UserError(f"{file}: '{stored_name}' was not loaded as stored: the model would start wrong")
 
 
-def gathered(parameter: torch.nn.Parameter) -> Any:
-    """Context in which a parameter is whole on every rank, partitioned by ZeRO-3 or not."""
+def gathered(parameter: torch.nn.Parameter, *, changed: bool = False) -> Any:
+    """Context in which a parameter is whole on every rank, partitioned by ZeRO-3 or not.
+
+    Args:
+        changed: what rank 0 writes into it is kept, on all ranks.
+    """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
 
 
 def canonical_name(name: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from muco_ds.errors import UserError
 from muco_ds.losses.linear_cross_entropy import linear_cross_entropy
-from muco_ds.models.backbones import load_config, tensor_files
+from muco_ds.models.backbones import canonical_name, load_config, tensor_files
 from muco_ds.models.lora import TrainedRows
 
 NAME = "lm_head.weight"
@@ -46,6 +46,26 @@ class VocabularyHead(nn.Module):
         return linear_cross_entropy(state_ND, weight_VD, label_N)
 
 
+def tied(config: PretrainedConfig) -> bool:
+    """Whether a backbone's embedding table is its vocabulary head as well."""
+    return bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))
+
+
+def _check_tied(path: str, files: dict[str, str]) -> None:
+    """transformers would load a head that is in the files, whatever the configuration says."""
+    (table,) = (name for name in files if canonical_name(name) == "embed_tokens.weight")
+    if NAME in files and not torch.equal(_stored(files, NAME), _stored(files, table)):
+        raise UserError(
+            f"model.path: '{path}' says that its embedding table is its vocabulary head but holds another {NAME}: "
+            "set tie_word_embeddings to false in its config.json, or remove that tensor"
+        )
+
+
+def _stored(files: dict[str, str], name: str) -> torch.Tensor:
+    with safe_open(files[name], framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
 def vocabulary_head(
     model: PreTrainedModel, path: str, *, trained: bool, partition: dict[str, Any] | None
 ) -> VocabularyHead:
@@ -57,22 +77,19 @@ def vocabulary_head(
     Raises:
         UserError: the folder has none.
     """
-    config = load_config(path)
-    if config.tie_word_embeddings:
+    files = dict(tensor_files(path))
+    if tied(load_config(path)):
+        _check_tied(path, files)
         table: Any = model.get_input_embeddings()
         if isinstance(table, TrainedRows):
             whole: Any = table.base_layer
             return VocabularyHead(whole.weight, table.trained_rows, table.ids_R)
         return VocabularyHead(table.weight)
-    files = dict(tensor_files(path))
     if NAME not in files:
         raise UserError(
             f"model.path: '{path}' holds no {NAME}, which predicts answers: give the whole model, as it was released"
         )
-    with safe_open(files[NAME], framework="pt") as tensors:
-        stored_VD = tensors.get_tensor(NAME).to(model.dtype)
-    weight = nn.Parameter(stored_VD, requires_grad=trained)
-    head = VocabularyHead(weight)
+    head = VocabularyHead(nn.Parameter(_stored(files, NAME).to(model.dtype), requires_grad=trained))
     if partition is not None:
         import deepspeed
 

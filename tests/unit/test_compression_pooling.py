@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jinja2.exceptions import TemplateError
 from muco_ds.export_st import chat_template, write_sentence_transformers
 from muco_ds.models.backbones import compression_ids, load_tokenizer
 
-from tiny_models import model_folder
+from tiny_models import model_folder, settings
 
 pytest.importorskip("sentence_transformers")
 from muco_ds.compression_pooling import CompressionPooling
@@ -85,7 +86,7 @@ import_module_class(type, folder, local_files_only=True)
 def test_the_folder_is_enough_if_its_code_is_trusted(tmp_path: Path) -> None:
     folder = tmp_path / "model"  # apart from where it runs, which Python searches as well
     folder.mkdir()
-    write_sentence_transformers(folder, 6, [], compression_tokens=4)
+    write_sentence_transformers(folder, 6, replace(settings(), compression_tokens=4))
     command = [sys.executable, "-c", WITHOUT_MUCO, str(folder)]
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
@@ -102,7 +103,7 @@ def test_the_card_has_the_parts_that_apply(tmp_path: Path) -> None:
     for sizes, tokens in (([], 0), ([2, 6], 0), ([], 4), ([2, 6], 4)):
         folder = tmp_path / f"{len(sizes)}_{tokens}"
         folder.mkdir()
-        write_sentence_transformers(folder, 6, sizes, compression_tokens=tokens)
+        write_sentence_transformers(folder, 6, replace(settings(), matryoshka=sizes, compression_tokens=tokens))
         assert (folder / "compression_pooling.py").exists() == (tokens > 0)
         card = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
         assert [part in card for part in parts] == [tokens > 0, bool(sizes)]

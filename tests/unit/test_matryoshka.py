@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Settings, read_settings
 from muco_ds.tasks.muco import MuCoTask
 
-from tiny_models import embedder, export, packer
+from tiny_models import embedder, export, packer, settings
 
 MINIMAL = ["--run.name", "r", "--run.max_steps", "200", "--model.path", "m", "--data.train", "t", "--data.images", "i"]
 
@@ -250,7 +251,7 @@ def test_scores_of_a_size_do_not_see_the_rest() -> None:
 def test_the_model_card_says_the_sizes(tmp_path: Path) -> None:
     for name, sizes in (("one", []), ("several", [16, 64])):
         (tmp_path / name).mkdir()
-        write_sentence_transformers(tmp_path / name, 64, sizes)
+        write_sentence_transformers(tmp_path / name, 64, replace(settings(), matryoshka=sizes))
     assert not (tmp_path / "one" / "README.md").exists()
     card = (tmp_path / "several" / "README.md").read_text()
     assert "of 16, 64 components" in card and "truncate_dim=16" in card and "normalize_embeddings=True" in card
