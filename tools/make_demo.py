@@ -2,8 +2,8 @@
 
     python tools/make_demo.py OUT [--scenes 3000] [--test_scenes 100] [--seed 0]
 
-writes OUT/model, OUT/data/{train,test,pairs_train,pairs_test}.parquet and OUT/data/images. A demo already made with the
-same arguments is left alone.
+writes OUT/model, OUT/data/{train,test,pairs_train,pairs_test}.parquet, OUT/data/conversations_{train,test}.jsonl and
+OUT/data/images. A demo already made with the same arguments is left alone.
 """
 
 import argparse

@@ -6,6 +6,7 @@ tile with a letter or a digit. Every answer is a function of (picture, question)
 two question kinds share an answer text.
 """
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from muco_ds.data.conversations import conversation
 from muco_ds.data.demo_pairs import IMAGE_MARK, write_pairs
+from muco_ds.data.schema import RecordTurn
 
 CELL = 28
 GRID = 3
@@ -240,8 +243,10 @@ def scene_row(scene: Scene, image_path: str, rng: random.Random) -> dict[str, An
 def write_data(data_dir: Path, train_scenes: int, test_scenes: int, seed: int) -> list[dict[str, Any]]:
     """Write `train.parquet`, `test.parquet` and `images/{train,test}/*.png` under `data_dir`; return the training rows.
 
-    `pairs_train.parquet` and `pairs_test.parquet` hold single pairs of the same scenes (`demo_pairs`). No test scene
-    equals a training scene. The same arguments give the same files.
+    `pairs_train.parquet` and `pairs_test.parquet` hold single pairs of the same scenes (`demo_pairs`),
+    `conversations_train.jsonl` and `conversations_test.jsonl` each scene's turns as one conversation, of all seven
+    kinds: titles and captions too are functions of the picture. No test scene equals a training scene. The same
+    arguments give the same files.
     """
     scenes = sample_scenes(train_scenes + test_scenes, seed)
     # The test scenes come first, so that they stay the same when only the number of training scenes changes.
@@ -250,6 +255,8 @@ def write_data(data_dir: Path, train_scenes: int, test_scenes: int, seed: int) -
     rows = {split: _write_split(data_dir, split, part, seed) for split, part in splits.items()}
     write_pairs(data_dir / "pairs_train.parquet", rows["train"], seed, all_kinds=False)
     write_pairs(data_dir / "pairs_test.parquet", rows["test"], seed, all_kinds=True)
+    for split in splits:
+        _write_conversations(data_dir / f"conversations_{split}.jsonl", rows[split])
     return rows["train"]
 
 
@@ -263,6 +270,15 @@ def _write_split(data_dir: Path, split: str, scenes: list[Scene], seed: int) -> 
         rows.append(scene_row(scene, f"{split}/{index:05d}.png", rng))
     pq.write_table(pa.Table.from_pylist(rows, schema=M3T_SCHEMA), data_dir / f"{split}.parquet")
     return rows
+
+
+def _write_conversations(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for number, row in enumerate(rows):
+            questions = [tuple(text.removeprefix(IMAGE_MARK) for text in texts) for texts in row["qry"]]
+            turns = [RecordTurn(asked, row["pos_text"][kind], kind) for kind, asked in enumerate(questions)]
+            made = conversation(number, turns, [row["qry_image_path"]])
+            file.write(json.dumps(made, ensure_ascii=False) + "\n")
 
 
 def row_texts(rows: Iterable[dict[str, Any]]) -> list[str]:

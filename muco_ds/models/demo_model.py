@@ -22,7 +22,7 @@ from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.errors import UserError
 
 # Raise it when anything below or in demo_scenes changes what is written: demos of an older version are then rebuilt.
-DEMO_VERSION = 3
+DEMO_VERSION = 4
 STAMP = "demo.json"
 
 BPE_TOKENS = 888

@@ -1,6 +1,7 @@
 """tools/make_demo.py: complete, loadable offline with the stock classes, deterministic, never overwrites user data."""
 
 import json
+import re
 import runpy
 import sys
 import unicodedata
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Qwen2VLForConditionalGeneration
 
+from muco_ds.data.conversations import ConversationReader
 from muco_ds.data.demo_scenes import sample_scenes
-from muco_ds.data.readers import PairReader
+from muco_ds.data.readers import IMAGE_MARK, PairReader
 from muco_ds.models.demo_model import SPECIAL_TOKENS, build_demo
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo.py"
@@ -70,6 +72,48 @@ def test_pairs_are_readable_and_their_negatives_wrong(demo: Path) -> None:
         assert bool(record.query_images) != bool(record.target_images) and all(record.restated())
         assert (negative.text, negative.images) != (record.turns[0].target, record.target_images)
     assert 2 <= sum(bool(record.target_images) for record in records) <= 20
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_conversations_are_the_rows_turns(
+    demo: Path, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pq.read_table(demo / "data" / f"{split}.parquet").to_pylist()
+    file = demo / "data" / f"conversations_{split}.jsonl"
+    reader = ConversationReader(str(file), str(demo / "data" / "images"))
+    assert len(reader) == len(rows)
+    for i, row in enumerate(rows):
+        record = reader.record(i)
+        assert record.query_images == (str((demo / "data" / "images" / row["qry_image_path"]).resolve()),)
+        assert [turn.target for turn in record.turns] == row["pos_text"]
+        for turn, questions in zip(record.turns, row["qry"], strict=True):
+            assert f"{IMAGE_MARK}{turn.questions[0]}" in questions
+    data, output = demo / "data" / f"{split}.parquet", tmp_path / "again.jsonl"
+    monkeypatch.setattr(sys, "argv", ["make_conversations.py", "--data", str(data), "--output", str(output)])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(TOOL.parent / "make_conversations.py"), run_name="__main__")
+    assert exit_info.value.code == 0 and output.read_bytes() == file.read_bytes()
+
+
+def test_answers_of_a_conversation_follow_from_picture_and_question(demo: Path) -> None:
+    """The parts of the scene that an answer names are in the caption, which names all of them."""
+    reader = ConversationReader(str(demo / "data" / "conversations_test.jsonl"), str(demo / "data" / "images"))
+    fixed = {"a", "the", "is", "are", "and", "one", "of", "in", "scene", "colours", "kinds", "tale", "sign", "says"}
+    places = {"at", "top", "bottom", "left", "right", "centre"}
+    for i in range(len(reader)):
+        *turns, described = reader.record(i).turns
+        named = set(described.target.replace(",", "").split())
+        for turn in turns:
+            assert set(turn.target.replace(",", "").split()) - fixed - places <= named, (turn, described)
+
+
+def test_the_tokenizer_knows_the_words_of_conversations(demo: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model", local_files_only=True)
+    reader = ConversationReader(str(demo / "data" / "conversations_test.jsonl"), str(demo / "data" / "images"))
+    turns = [turn for i in range(len(reader)) for turn in reader.record(i).turns]
+    for text in [text for turn in turns for text in (turn.questions[0], turn.target)]:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text and len(ids) <= len(re.findall(r"\w+|[^\w\s]", text)) + 1, text
 
 
 def test_train_and_test_pictures_are_disjoint(demo: Path) -> None:
