@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "numpy", "liger-kernel")
 
 
 def sample(fns: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:

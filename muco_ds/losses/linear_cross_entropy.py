@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from muco_ds.losses.tiles import slices
 
 CHUNK_BYTES = 128 * 2**20
-"""Upper limit of a chunk's float32 logits, of which two copies exist, unless MIN_CHUNK_ROWS of them are larger.
+"""Upper limit of a chunk's float32 logits, unless MIN_CHUNK_ROWS of them are larger.
 
 220 rows of a 152,064-row table; half as many made the products of a width of 1,536 a fifth slower on a CPU."""
 MIN_CHUNK_ROWS = 32  # fewer, and the products wait for the table to be read
@@ -87,16 +87,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_N = state_ND.new_empty(len(state_ND), dtype=dtype)
         # A CPU has no product of half-precision inputs with a float32 result.
         table_VD = weight_VD if weight_VD.is_cuda else weight_VD.to(dtype)
-        for row in slices(len(state_ND), chunk_rows(len(weight_VD))):
+        n_rows = chunk_rows(len(weight_VD))
+        # One buffer for all chunks: on a CPU a fresh one costs more page faults than the softmax takes.
+        buffer_rV = loss_N.new_empty(min(n_rows, len(state_ND)), len(weight_VD))
+        for row in slices(len(state_ND), n_rows):
             state_rD, label_r1 = state_ND[row].to(table_VD.dtype), label_N[row, None]
-            log_p_rV = _product(state_rD, table_VD.T).log_softmax(1)
-            loss_N[row] = -log_p_rV.gather(1, label_r1)[:, 0]
+            logits_rV = _product(state_rD, table_VD.T, buffer_rV[: len(state_rD)])
+            logits_rV.sub_(logits_rV.amax(1, keepdim=True))
+            label_logit_r1 = logits_rV.gather(1, label_r1)
+            exp_rV = logits_rV.exp_()
+            sum_r1 = exp_rV.sum(1, keepdim=True)
+            loss_N[row] = (sum_r1.log() - label_logit_r1)[:, 0]
             if not (wants_state or wants_weight):
                 continue
-            grad_rV = log_p_rV.exp_().scatter_add_(1, label_r1, log_p_rV.new_full(label_r1.shape, -1.0))
-            grad_rV = grad_rV.to(table_VD.dtype)
+            grad_rV = exp_rV.div_(sum_r1).scatter_add_(1, label_r1, torch.full_like(sum_r1, -1.0)).to(table_VD.dtype)
             if grad_state_ND is not None:
-                grad_state_ND[row] = _product(grad_rV, table_VD)
+                grad_state_ND[row] = grad_rV @ table_VD
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_rV.T, state_rD)
         ctx.save_for_backward(grad_state_ND, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
@@ -114,9 +120,11 @@ def chunk_rows(n_vocabulary: int) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * n_vocabulary))
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in float32, or float64; half-precision inputs are on CUDA."""
-    return a @ b if a.dtype in (torch.float32, torch.float64) else torch.mm(a, b, out_dtype=torch.float32)
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """a @ b into ``out``, float32 or float64; half-precision inputs are on CUDA."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
