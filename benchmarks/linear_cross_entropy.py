@@ -139,7 +139,7 @@ def main() -> None:
     if "speed" in wanted:
         for dim in (2048,) if device == "cuda" else (128, 1536):
             for table_learns in (True, False):
-                rows = args.rows or (8192 if device == "cuda" else 660)
+                rows = args.rows or (8192 if device == "cuda" else 440)
                 found = speed(rows, args.vocabulary, dim, device, table_learns, args.repeats)
                 record(args.results, found | provenance())
     if "memory" in wanted:
