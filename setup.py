@@ -38,6 +38,10 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
         "mining": ["faiss-cpu"],
-        "dev": ["faiss-cpu", "mypy", "pytest", "pytest-xdist", "ruff", "sentence-transformers>=6.2"],
+        "factory": ["httpx2", "openai>=3"],
+        "dev": [
+            *["faiss-cpu", "httpx2", "mypy", "openai>=3", "pytest", "pytest-xdist", "ruff"],
+            "sentence-transformers>=6.2",
+        ],
     },
 )

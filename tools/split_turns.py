@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from muco_ds.data.readers import IMAGE_MARK, M3TReader, RowError, caption_of
 from muco_ds.errors import UserError, exit_on_user_error
-from muco_ds.mining.columns import replacing
+from muco_ds.files import replacing
 
 COLUMNS = ("qry", "qry_image_path", "qry_sentence", "pos_text", "pos_image_path", "pos_sentence")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])

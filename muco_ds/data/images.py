@@ -1,35 +1,23 @@
-"""Pictures: limits, sizes from headers, decoding, patches for the vision tower.
+"""Pictures: limits, decoding, patches for the vision tower.
 
 Shape suffixes: P patches of one picture, C values of a patch (channels x temporal x patch x patch).
 """
 
 from __future__ import annotations
 
-import io
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from muco_ds.data.decode import ImageError as ImageError
+from muco_ds.data.decode import decode as decode
+from muco_ds.data.decode import read_size as read_size
 from muco_ds.data.schema import ImageRef
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Decoders that are allowed to see a data set's files; everything else Pillow knows stays closed."""
-
-MAX_DECODED_PIXELS = 178_956_970
-"""Pillow's own decompression-bomb limit; above it a picture is refused before anything is decoded."""
 
 TINY_SIDE, TINY_SIZE = 28, 56
 """A picture with a side under 28 px becomes 56 x 56 (released MuCo code)."""
-
-_ORIENTATION_TAG, _UPRIGHT, _TRANSPOSED = 0x0112, 1, (5, 6, 7, 8)
-
-
-class ImageError(ValueError):
-    """A picture that can't be used; the message says why, without the path."""
 
 
 @dataclass(frozen=True)
@@ -47,66 +35,6 @@ class Patches:
 
     pixels_PC: np.ndarray
     grid: tuple[int, int, int]
-
-
-def read_size(path: str | Path) -> tuple[int, int]:
-    """Width and height as displayed, from the header alone. Raises ImageError."""
-    with _open(path, whole=False) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _TRANSPOSED else (width, height)
-
-
-def decode(ref: ImageRef) -> Image.Image:
-    """RGB picture, upright; transparency lies on white. Raises ImageError for anything that does not decode."""
-    if isinstance(ref, Image.Image):
-        return _to_rgb(ref)
-    with _open(ref, whole=True) as image:
-        try:
-            return _to_rgb(image if _orientation(image) == _UPRIGHT else ImageOps.exif_transpose(image))
-        except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
-            raise ImageError(f"does not decode ({type(error).__name__}: {error})") from error
-
-
-def _open(path: str | Path, *, whole: bool) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # Network file systems prefer one read to many small ones; a header needs only the first bytes.
-            image = Image.open(io.BytesIO(Path(path).read_bytes()) if whole else path, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise ImageError("no such file") from error
-    except Exception as error:
-        raise ImageError(f"is not a picture that can be read ({type(error).__name__})") from error
-    width, height = image.size
-    if width * height > MAX_DECODED_PIXELS:
-        raise ImageError(f"{width} x {height} pixels are over the limit of {MAX_DECODED_PIXELS}")
-    if max(width, height) >= 200 * min(width, height):
-        raise ImageError(f"{width} x {height}: sides differ by a factor of 200 or more")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation that is still to be applied, from the header alone, so that sizes and pixels agree."""
-    if image.format == "TIFF":  # Pillow applies it itself, already to the size in the header
-        return _UPRIGHT
-    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode all of it to look behind the pixels
-        return _UPRIGHT
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, _UPRIGHT)
-    except Exception:  # a broken EXIF block is no reason to lose the picture
-        return _UPRIGHT
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()  # Pillow decodes lazily, and the caller closes the file
-        return image
-    if image.mode.startswith("I;16"):  # Pillow would clip at 255, which is white, instead of scaling
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 class ImagePipeline:

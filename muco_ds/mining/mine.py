@@ -23,7 +23,8 @@ from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import PackedBatch
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
-from muco_ds.mining.columns import replacing, write_rows
+from muco_ds.files import replacing
+from muco_ds.mining.columns import write_rows
 from muco_ds.mining.corpus import Corpus, Turns
 from muco_ds.mining.search import Asked, Mined, Rule, mine
 from muco_ds.mining.vectors import CHUNK_DIALOGUES, Vectors, encode_to

@@ -17,8 +17,9 @@ from muco_ds.data.index import Indexer, open_index, target_hash
 from muco_ds.data.readers import IMAGE_MARK, M3TReader, PairReader
 from muco_ds.data.schema import Negative
 from muco_ds.errors import UserError
+from muco_ds.files import replacing
 from muco_ds.mining import mine as mine_module
-from muco_ds.mining.columns import replacing, write_rows
+from muco_ds.mining.columns import write_rows
 from muco_ds.mining.corpus import Corpus, Turns
 from muco_ds.mining.mine import Task, mine_negatives, report_path
 from muco_ds.mining.search import Asked, Mined, Rule, mine

@@ -1,0 +1,29 @@
+"""A file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from muco_ds.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; what is there takes `path`'s place if the body succeeds, else it is removed.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    work = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        yield work
+        with open(work, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(work, path)
+    except OSError as error:
+        raise UserError(f"can't write '{path}' ({error.strerror or error})") from error
+    finally:
+        work.unlink(missing_ok=True)
