@@ -178,7 +178,8 @@ class Fetch:
         if _is_there(path):
             self.counts["there_before"] += 1
             return
-        self.bytes += await download(client, url, path, self.options.download)
+        size = await download(client, url, path, self.options.download)
+        self.bytes += size  # not in one line with `await`: it would add to what was there before the wait
         self.counts["fetched"] += 1
 
     def _path(self, name: str) -> Path:

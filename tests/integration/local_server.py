@@ -1,19 +1,27 @@
-"""A small HTTP server on this machine, whose answers a test writes."""
+"""A small HTTP server on this machine, whose answers a test writes, and the tools that ask it."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from programs import REPOSITORY, Result
 
 STEP = 20
 """Picture i is painted in the grey 20 * (i + 1), by which the server knows it again."""
@@ -170,3 +178,36 @@ def error(status: int, message: str, **headers: str) -> Answer:
     """An error in the form of the OpenAI API."""
     body = json.dumps({"error": {"message": message, "type": "invalid", "code": status}}).encode()
     return Answer(status, body, {"Content-Type": "application/json", **headers})
+
+
+class Program:
+    """One of the tools as a user starts it, in a process group of its own."""
+
+    def __init__(self, argv: Sequence[str | Path]) -> None:
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment},
+            start_new_session=True,
+        )
+
+    def wait(self, timeout: float = 60.0) -> Result:
+        """How it ended; after `timeout` seconds it is killed and the test fails."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            stdout, stderr = self.process.communicate()
+            raise AssertionError(f"still running after {timeout:g} s\n{stdout}{stderr}") from None
+        return Result([self.process.returncode], [stdout], [stderr])
+
+    def stop_once(self, ready: Callable[[], bool], number: signal.Signals) -> Result:
+        """Send it a signal as soon as `ready()`."""
+        deadline = time.monotonic() + 30
+        while not ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(f"it never came so far\n{self.wait().output}")
+            time.sleep(0.01)
+        self.process.send_signal(number)
+        return self.wait(20)

@@ -20,8 +20,8 @@ from muco_ds.factory.build import Build, BuildOptions
 from muco_ds.factory.endpoint import EndpointOptions
 from muco_ds.factory.prompts import Prompts
 
-from local_server import TURNS, Answer, Asked, Request, Server, asked, completion, error, good_reply, paint
-from programs import REPOSITORY, Programs, refusal
+from local_server import TURNS, Answer, Asked, Program, Request, Server, asked, completion, error, good_reply, paint
+from programs import REPOSITORY, refusal
 
 PICTURES = 6
 TOOL = REPOSITORY / "tools" / "build_turns.py"
@@ -58,8 +58,9 @@ def build(images: Path, server: Server, kind: str = "m3t", **options: Any) -> Bu
     return Build(BuildOptions(images, output, endpoint, kind=kind, **{"concurrency": 4, **options}))  # type: ignore[arg-type]
 
 
-def command(images: Path, server: Server, *more: str) -> list[str]:
-    argv = [str(TOOL), "--images", str(images), "--output", str(images.parent / "out.parquet")]
+def conversations(images: Path, server: Server, *more: str) -> list[str]:
+    """The command line for conversations, which start and end sooner than parquet files."""
+    argv = [str(TOOL), "--kind", "conversations", "--images", str(images), "--output", str(images.parent / "out.jsonl")]
     return [*argv, "--url", f"{server.url}/v1", "--model", "painter", *more]
 
 
@@ -299,58 +300,56 @@ def test_an_endpoint_that_has_gone_ends_the_run(images: Path) -> None:
     assert not run.report["complete"] and run.report["done"] >= 1
 
 
-def test_a_killed_run_goes_on(images: Path, programs: Programs) -> None:
+def finished(progress: Path) -> list[str]:
+    """Pictures whose lines are complete."""
+    lines = progress.read_text().split("\n")[1:-1] if progress.exists() else []
+    return [json.loads(line)["image"] for line in lines]
+
+
+def stalling(*answered: int) -> Server:
+    """Answers about these pictures alone."""
+    return chat(
+        lambda _request, about: completion(good_reply(about), stall=0.0 if about.picture in (-1, *answered) else 60.0)
+    )
+
+
+def test_a_killed_run_goes_on(images: Path) -> None:
     """SIGKILL in the middle, with a torn last line: finished pictures are not asked for again, and no row is lost."""
-
-    def respond(_request: Request, about: Asked) -> Answer:
-        return completion(good_reply(about), stall=0.0 if about.picture in (-1, 0, 1, 2) else 60.0)
-
-    progress = images.parent / "out.parquet.progress.jsonl"
-    argv = ["--concurrency", str(PICTURES)]
-    with chat(respond).running() as server:
-        job = programs.start(command(images, server, *argv))
-        deadline = time.monotonic() + 30
-        while not progress.exists() or len(progress.read_text().splitlines()) < 4:
-            assert time.monotonic() < deadline, "no picture was finished"
-            time.sleep(0.02)
-        job.kill()
-    assert not (images.parent / "out.parquet").exists()
-    kept = progress.read_text()
-    progress.write_text(kept[:-20])  # as if the kill had met the writing of the third
-    torn = json.loads(kept.splitlines()[-1])["image"]
+    progress = images.parent / "out.jsonl.progress.jsonl"
+    options = ["--concurrency", str(PICTURES)]
+    with stalling(0, 1, 2).running() as server:
+        program = Program(conversations(images, server, *options))
+        result = program.stop_once(lambda: len(finished(progress)) == 3, signal.SIGKILL)
+    assert result.codes == [-signal.SIGKILL] and not (images.parent / "out.jsonl").exists()
+    *kept, torn = finished(progress)
+    progress.write_text(progress.read_text()[:-20])  # as if the kill had met the writing of the third
     with chat().running() as server:
-        result = programs.run(command(images, server, *argv)).check()
+        result = Program(conversations(images, server, *options)).wait().check()
     assert "6 of 6 done, 2 of them before" in result.output
-    assert pictures_of(server, "caption") == sorted({int(Path(torn).stem), 3, 4, 5})
-    reader = M3TReader(str(images.parent / "out.parquet"), str(images))
-    assert sorted(int(Path(reader.record(row).query_images[0]).stem) for row in range(len(reader))) == list(range(6))
-    # Nothing is left to do: no request at all.
+    assert set(pictures_of(server, "questions")) == {int(Path(torn).stem), 3, 4, 5}
+    rows = [json.loads(line) for line in (images.parent / "out.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == sorted(name_of(i) for i in range(PICTURES)) and len(kept) == 2
+    # Nothing is left to do: no request at all, and the same file.
+    written = (images.parent / "out.jsonl").read_bytes()
     with chat().running() as server:
-        programs.run(command(images, server, *argv)).check()
+        Program(conversations(images, server, *options)).wait().check()
         assert not server.requests
+    assert (images.parent / "out.jsonl").read_bytes() == written
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(images: Path, programs: Programs, number: signal.Signals) -> None:
-    def respond(_request: Request, about: Asked) -> Answer:
-        return completion(good_reply(about), stall=0.0 if about.picture in (-1, 0) else 60.0)
-
-    progress = images.parent / "out.parquet.progress.jsonl"
-    with chat(respond).running() as server:
-        job = programs.start(command(images, server))
-        deadline = time.monotonic() + 30
-        while not progress.exists() or len(progress.read_text().splitlines()) < 2:
-            assert time.monotonic() < deadline, "no picture was finished"
-            time.sleep(0.02)
-        job.signal(0, number)
-        result = job.wait(10)
+def test_a_signal_ends_it_cleanly(images: Path, number: signal.Signals) -> None:
+    progress = images.parent / "out.jsonl.progress.jsonl"
+    with stalling(0).running() as server:
+        program = Program(conversations(images, server))
+        result = program.stop_once(lambda: len(finished(progress)) == 1, number)
     assert result.codes == [128 + number] and "Traceback" not in result.output, result.output
     assert f"stopped by {number.name}: the same command goes on" in result.output
-    assert json.loads((images.parent / "out.parquet.report.json").read_text())["complete"] is False
+    assert json.loads((images.parent / "out.jsonl.report.json").read_text())["complete"] is False
     assert sorted(path.name for path in images.parent.iterdir()) == [
         "images",
-        "out.parquet.progress.jsonl",
-        "out.parquet.report.json",
+        "out.jsonl.progress.jsonl",
+        "out.jsonl.report.json",
     ]
 
 
@@ -375,10 +374,11 @@ def test_an_endpoint_that_is_of_no_use(images: Path, respond: Any, message: str)
     assert not (images.parent / "out.parquet").exists()
 
 
-def test_refusals_are_one_line_each(images: Path, programs: Programs) -> None:
+def test_refusals_are_one_line_each(images: Path) -> None:
     with chat(lambda request, about: error(401, "wrong key")).running() as server:
-        assert "the key is refused" in refusal(programs.run(command(images, server)))
-    assert "connection at a request" in refusal(programs.run(command(images, server, "--request_retries", "0")))
+        assert "the key is refused" in refusal(Program(conversations(images, server)).wait())
+    gone = Program(conversations(images, server, "--request_retries", "0")).wait()
+    assert "connection at a request" in refusal(gone)
 
 
 def test_another_model_or_wording_is_refused(images: Path) -> None:
