@@ -55,19 +55,21 @@ def picture(root: Path, name: str) -> str:
     return str(root.resolve() / "images" / name)
 
 
+REST = ("Two.", "Weather?", "Sunny.")
 TEXT = {"type": "text", "text": "How many?"}
 SPELLINGS = {
     "coma": GOOD,
     "coma, more fields": {**GOOD, "id": {"any": 1}, "compression": None, "source": "x"},
-    "producer": {"message": chat("How many?", "Two.", "Weather?", "Sunny."), "image": "a.png"},
-    "chat": {"messages": chat("<image>How many?", "Two.", "Weather?", "Sunny."), "images": ["a.png"]},
-    "parts": {"messages": chat([{"type": "image"}, TEXT], "Two.", "Weather?", "Sunny."), "image": ["a.png"]},
+    "producer": {"message": chat("How many?", *REST), "image": "a.png"},
+    "columns of several": {"conversations": None, "message": chat("How many?", *REST), "image": "a.png"},
+    "chat": {"messages": chat("<image>How many?", *REST), "images": ["a.png"]},
+    "parts": {"messages": chat([{"type": "image"}, TEXT], *REST), "image": ["a.png"]},
     "parts that name pictures": {
-        "messages": chat([{"type": "image", "image": "a.png"}, TEXT], "Two.", "Weather?", "Sunny."),
+        "messages": chat([{"type": "image", "image": "a.png"}, TEXT], *REST),
         "image": None,
     },
     "roles under conversations": {
-        "conversations": chat("How many? <image>", "Two.", "Weather?", "Sunny."),
+        "conversations": chat("How many? <image>", *REST),
         "image": "a.png",
         "images": None,
     },
@@ -77,7 +79,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", [*SPELLINGS, "parts alone"])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_every_spelling_is_the_same_record(tmp_path: Path, name: str, suffix: str) -> None:
-    text_parts = [[{"type": "text", "text": text}] for text in ("How many?", "Two.", "Weather?", "Sunny.")]
+    text_parts = [[{"type": "text", "text": text}] for text in ("How many?", *REST)]
     parts = {"messages": chat([{"type": "image"}, *text_parts[0]], *text_parts[1:]), "image": "a.png"}
     row = {**SPELLINGS, "parts alone": parts}[name]
     (tmp_path / "images").mkdir()
@@ -264,7 +266,7 @@ def test_long_files_cost_eight_bytes_a_line(tmp_path: Path) -> None:
 
 
 def _read_all(reader: ConversationReader, offset: int, send: Callable[[Any], None]) -> None:
-    rows = [(offset + 7 * i) % len(reader) for i in range(len(reader))]
+    rows = [(offset + 7 * i) % len(reader) for i in range(20 * len(reader))]  # long enough to meet the others
     send({row: reader.record(row).turns[0].target for row in rows})
 
 
