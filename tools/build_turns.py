@@ -115,6 +115,8 @@ def show(build: Build) -> None:
 def main() -> int:
     args = arguments()
     check(args)
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that half-written files go away
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     from muco_ds.factory.build import Build  # imports take seconds; a typo in the command line should not
 
     build = Build(options_of(args))

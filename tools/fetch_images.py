@@ -62,6 +62,8 @@ def show(fetch: Fetch) -> None:
 def main() -> int:
     args = arguments()
     check(args)
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that half-written files go away
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     from muco_ds.factory.download import DownloadOptions  # imports take seconds; a typo above should not
     from muco_ds.factory.fetch import Fetch, FetchOptions
 

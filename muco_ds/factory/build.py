@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from muco_ds.errors import UserError
-from muco_ds.factory.endpoint import DOWN, Endpoint, EndpointOptions
+from muco_ds.factory.endpoint import Endpoint, EndpointOptions
 from muco_ds.factory.failures import Failures, PictureError
 from muco_ds.factory.journal import Journal
 from muco_ds.factory.kinds import KINDS, Author
@@ -21,6 +21,9 @@ from muco_ds.factory.output import SUFFIX, WRITE, write_json
 from muco_ds.factory.pictures import find_pictures, picture_url
 from muco_ds.factory.prompts import Prompts
 from muco_ds.factory.workers import run_workers
+
+LEAST_IN_A_ROW = 10
+"""So many pictures in a row, or twice those in work at a time, that the endpoint fails are no accident."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Build:
         self.done_before = sum(name in self.journal.places for name in self.names)
         self.failures = Failures(options.failed)
         self.report: dict[str, Any] = {}
-        self._down_in_a_row = 0
+        self._failed_in_a_row = 0
 
     def run(self) -> int:
         """All pictures that are not finished yet, then the output. Returns 0, or the signal that ended it.
@@ -158,14 +161,14 @@ class Build:
         except PictureError as error:
             self.failures.add(error, image=name)
             bar.set_postfix(failed=self.failures.total)
-            self._down_in_a_row = self._down_in_a_row + 1 if error.kind in DOWN else 0
-            if self._down_in_a_row >= max(10, 2 * self.options.concurrency):
+            self._failed_in_a_row += error.kind != "picture"
+            if self._failed_in_a_row >= max(LEAST_IN_A_ROW, 2 * self.options.concurrency):
                 raise UserError(
-                    f"the endpoint failed {self._down_in_a_row} pictures in a row, the last by {error.kind}: {error}; "
+                    f"the endpoint failed {self._failed_in_a_row} pictures in a row, the last: {error.kind}: {error}; "
                     f"{self.done} of {len(self.names)} are done: the same command goes on"
                 ) from error
         else:
-            self._down_in_a_row = 0
+            self._failed_in_a_row = 0
             self.journal.add(name, row)
         bar.update()
 

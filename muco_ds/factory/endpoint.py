@@ -22,9 +22,6 @@ NO_KEY = "EMPTY"
 MAX_PAUSE_S = 120.0
 """The client library waits as long as a Retry-After asks for up to this, and repeats no request that asks for more."""
 
-DOWN = ("connection", "timeout", "rate limit", "server error")
-"""Kinds of failures that are the endpoint's, not the picture's."""
-
 Message = dict[str, Any]
 
 
@@ -82,7 +79,7 @@ class Endpoint:
         hooks = {"request": [self._before], "response": [self._after]}
         self._client = self._openai.AsyncOpenAI(
             base_url=options.url,
-            api_key=os.environ.get(options.key_variable) or NO_KEY,
+            api_key=os.environ.get(options.key_variable, "").strip() or NO_KEY,
             timeout=options.timeout,
             max_retries=options.request_retries,
             http_client=self._openai.DefaultAsyncHttpxClient(event_hooks=hooks),
@@ -156,7 +153,7 @@ class Endpoint:
         """What the user or the list of failures is told about an error of the client library."""
         library, url, model = self._openai, self.options.url, self.options.model
         message = " ".join(str(error).split())[:300]
-        if isinstance(error, library.AuthenticationError | library.PermissionDeniedError):
+        if isinstance(error, library.AuthenticationError):
             return UserError(f"{url}: the key is refused ({message}): set {self.options.key_variable} to a valid one")
         if isinstance(error, library.NotFoundError):
             return UserError(f"{url}: no model '{model}' or no chat endpoint ({message}): --url ends in /v1 as a rule")

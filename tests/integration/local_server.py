@@ -74,7 +74,8 @@ class Server:
                     self.close_connection = True
                     return
                 self.send_response(answer.status)
-                for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+                length = {} if "Transfer-Encoding" in answer.headers else {"Content-Length": str(len(answer.body))}
+                for name, value in {**length, **answer.headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(answer.body)
@@ -160,7 +161,7 @@ def good_reply(about: Asked) -> dict[str, Any]:
     return {"ready": True}
 
 
-def completion(reply: str | dict[str, Any], **answer: Any) -> Answer:
+def completion(reply: str | dict[str, Any], finish_reason: str = "stop", **answer: Any) -> Answer:
     """A chat completion with this text, or this JSON object, that took 10 and 5 tokens."""
     text = reply if isinstance(reply, str) else json.dumps(reply)
     body = {
@@ -168,7 +169,7 @@ def completion(reply: str | dict[str, Any], **answer: Any) -> Answer:
         "object": "chat.completion",
         "created": 0,
         "model": "painter",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        "choices": [{"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
     return Answer(body=json.dumps(body).encode(), headers={"Content-Type": "application/json"}, **answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -200,6 +201,25 @@ def test_nonsense_is_asked_again_with_the_reason(
     assert [message["role"] for message in again[-1].messages] == ["system", "user", "assistant", "user"]
 
 
+def test_a_reply_that_was_cut_off_is_nonsense_though_its_json_is_whole(images: Path) -> None:
+    def respond(_request: Request, about: Asked) -> Answer:
+        return completion(good_reply(about), finish_reason="length" if about.picture == 1 else "stop")
+
+    with chat(respond).running() as server:
+        assert build(images, server, retries=0).run() == 0
+    assert failures(images) == {name_of(1): "nonsense"}
+    assert "cut off after 2048 tokens" in (images.parent / "out.parquet.failed.jsonl").read_text()
+
+
+def test_nothing_but_nonsense_writes_nothing(images: Path) -> None:
+    (images / os.fsdecode(b"\xff.png")).write_bytes((images / "0.png").read_bytes())
+    with chat(lambda request, about: completion("")).running() as server:
+        with pytest.raises(UserError, match=r"no picture of 7 gave a row; the first: .*nonsense"):
+            build(images, server, retries=0).run()
+    assert not (images.parent / "out.parquet").exists()
+    assert Counter(failures(images).values()) == {"nonsense": PICTURES, "picture": 1}
+
+
 def test_nonsense_in_conversations(images: Path) -> None:
     """The same answer to every question, and two questions instead of three."""
 
@@ -223,7 +243,9 @@ def test_json_is_found_in_talk_and_without_the_servers_help(images: Path) -> Non
         if "response_format" in about.request:
             return error(400, "response_format is not supported")
         text = json.dumps(good_reply(about), indent=1)
-        return completion(f"<think>{{hm}} {{}} perhaps</think>Here you are:\n```json\n{text}\n```\nAnything else?")
+        return completion(
+            f'<think>{{hm}} {{"caption": "a draft"}} perhaps</think>Here you are:\n```json\n{text}\n```\nAnything else?'
+        )
 
     with chat(respond).running() as server:
         assert build(images, server).run() == 0
@@ -288,16 +310,27 @@ def test_failures_of_the_server_are_told_apart(images: Path) -> None:
     assert failures(images) == {"6.png": "picture"} and pictures_of(server, "caption") == [0, 1, 2, 3]
 
 
-def test_an_endpoint_that_has_gone_ends_the_run(images: Path) -> None:
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        (Answer(drop=True), "connection"),
+        (error(400, "too long"), "refused"),
+        (completion("I am tired."), "nonsense"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_endpoint_that_fails_all_the_time_ends_the_run(images: Path, last: Answer, reason: str) -> None:
     for i in range(PICTURES, 40):
         paint(0).save(images / f"{i}.png")
-    gone = chat(lambda request, about: well(request, about) if request.number < 4 else Answer(drop=True))
-    with gone.running() as server:
-        run = build(images, server, request_retries=0, concurrency=2)
-        with pytest.raises(UserError, match=r"failed 10 pictures in a row.*the same command goes on"):
+    server = chat(lambda request, about: well(request, about) if request.number < 4 else last)
+    with server.running():
+        run = build(images, server, request_retries=0, retries=0, concurrency=2)
+        with pytest.raises(
+            UserError, match=rf"failed 10 pictures in a row, the last: {reason}.*the same command goes on"
+        ):
             run.run()
     assert not (images.parent / "out.parquet").exists()
-    assert not run.report["complete"] and run.report["done"] >= 1
+    assert not run.report["complete"] and run.report["done"] >= 1 and run.report["failed"][reason] >= 10
 
 
 def finished(progress: Path) -> list[str]:

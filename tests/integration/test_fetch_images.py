@@ -96,6 +96,7 @@ def test_what_fails_is_listed_with_its_reason(tmp_path: Path) -> None:
         "/page": Answer(body=b"<html>not here any more</html>"),
         "/half": Answer(body=picture(size=(640, 480))[:-900]),
         "/large": Answer(body=b"\0" * 30_000),
+        "/endless": Answer(body=b"7530\r\n" + b"\0" * 30_000, headers={"Transfer-Encoding": "chunked"}),
         "/late": Answer(body=picture(), stall=3.0),
         "/short": Answer(body=picture(), headers={"Content-Length": "9999"}),
         "/drop": Answer(drop=True),
@@ -112,6 +113,7 @@ def test_what_fails_is_listed_with_its_reason(tmp_path: Path) -> None:
     asked = Counter(request.path for request in server.requests)
     assert failures(tmp_path) == {
         **{"missing.jpg": "http 404", "page.jpg": "picture", "half.jpg": "picture", "large.jpg": "size"},
+        **{"endless.jpg": "size"},
         **{"late.jpg": "timeout", "short.jpg": "timeout", "drop.jpg": "connection", "broken.jpg": "http 500"},
         **{"private.jpg": "opt-out", "file.jpg": "url", "circle.jpg": "url", "no_url.jpg": "url", "odd.jpg": "url"},
         "good.jpg": "name",
