@@ -82,7 +82,9 @@ def step(plan: SegmentPlan, backend: str, device: str) -> Callable[[], None]:
     upstream_THd = torch.randn(leaves[0].shape, generator=generator, device=device).to(dtype)
 
     def run() -> None:
-        torch.autograd.grad(segment_attention(*leaves, plan, dim**-0.5, backend), leaves, upstream_THd)
+        q_THd, k_TGd, v_TGd = leaves
+        out_THd = segment_attention(q_THd, k_TGd, v_TGd, plan, dim**-0.5, backend)
+        torch.autograd.grad(out_THd, leaves, upstream_THd)
 
     return run
 

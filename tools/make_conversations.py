@@ -22,7 +22,7 @@ from tqdm import tqdm
 from muco_ds.data.conversations import conversation
 from muco_ds.data.readers import M3TReader, RowError
 from muco_ds.errors import UserError, exit_on_user_error
-from muco_ds.mining.columns import replacing
+from muco_ds.files import replacing
 
 SHOWN_BAD_ROWS = 5
 
