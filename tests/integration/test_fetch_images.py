@@ -108,7 +108,7 @@ def test_what_fails_is_listed_with_its_reason(tmp_path: Path) -> None:
     with Server(lambda request: answers[request.path]).running() as server:
         rows: list[tuple[str | None, str | None]] = [(f"{path[1:]}.jpg", server.url + path) for path in answers]
         rows += [("no_url.jpg", "ftp://here/x.jpg"), ("odd.jpg", "http://[::1/x.jpg"), ("good.jpg", f"{server.url}/2")]
-        run = fetch(data(tmp_path, *rows), timeout=0.4, retries=1, max_bytes=20_000)
+        run = fetch(data(tmp_path, *rows), timeout=0.8, retries=1, max_bytes=20_000)
         assert run.run() == 0
     asked = Counter(request.path for request in server.requests)
     assert failures(tmp_path) == {
