@@ -1,4 +1,4 @@
-"""tools/build_turns.py against a server that answers well, badly, late or not at all."""
+"""tools/build_turns.py against a server that answers sense or nonsense: what the files hold."""
 
 from __future__ import annotations
 

@@ -13,43 +13,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from muco_ds.data.readers import M3TReader
-from muco_ds.data.schema import RecordTurn
 from muco_ds.errors import UserError
 from muco_ds.factory.prompts import Prompts
 
 from build_runs import PICTURES, build, chat, conversations, failures, name_of, pictures_of, well
-from local_server import TURNS, Answer, Asked, Program, Request, Server, asked, completion, error, good_reply, paint
+from local_server import Answer, Asked, Program, Request, Server, completion, error, good_reply, paint
 from programs import refusal
-
-
-def test_m3t_rows_are_what_the_reader_reads(images: Path) -> None:
-    with chat().running() as server:
-        run = build(images, server)
-        assert run.run() == 0
-    table = pq.read_table(images.parent / "out.parquet")
-    assert table["qry_image_path"].to_pylist() == sorted(name_of(i) for i in range(PICTURES))
-    reader = M3TReader(str(images.parent / "out.parquet"), str(images))
-    assert len(reader) == PICTURES
-    for row in range(PICTURES):
-        record = reader.record(row)
-        i = int(Path(record.query_images[0]).stem)
-        assert Path(record.query_images[0]).is_file()
-        assert record.turns == tuple(
-            RecordTurn(tuple(f"{turn} {word} of {i}?" for word in ("one", "two", "three")), f"{turn} {i}", kind)
-            for kind, turn in enumerate(TURNS)
-        )
-        assert table["qry_sentence"][row].as_py() == f"A grey wall in room number {i}."
-    report = json.loads((images.parent / "out.parquet.report.json").read_text())
-    assert report["complete"] and report["done"] == PICTURES and report["failed"] == {}
-    assert report["endpoint"] == {
-        "model": "painter",
-        "requests": 2 * PICTURES + 1,
-        "rate_limited": 0,
-        "tokens": {"prompt": 10 * (2 * PICTURES + 1), "completion": 5 * (2 * PICTURES + 1)},
-    }
-    assert not (images.parent / "out.parquet.failed.jsonl").exists()
-    assert all(about.request["response_format"] == {"type": "json_object"} for about in map(asked, server.requests))
 
 
 def test_rate_limits_are_waited_for(images: Path) -> None:
