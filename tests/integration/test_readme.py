@@ -12,7 +12,7 @@ import pytest
 
 from programs import REPOSITORY, Programs
 
-README, TRAINING = REPOSITORY / "README.md", REPOSITORY / "docs" / "training.md"
+README, TRAINING, COMA = (REPOSITORY / name for name in ("README.md", "docs/training.md", "docs/coma.md"))
 COPIED = ("launch", "tools", "ds_configs", "muco_ds")
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STARTERS = ("bash", "python", "deepspeed", "torchrun", "tensorboard")
@@ -102,7 +102,15 @@ def test_every_command_of_the_guide_to_training_runs(copy: Path, programs: Progr
     assert (copy / "runs" / "demo_finetune" / "evaluation" / "results.json").is_file()
 
 
-@pytest.mark.parametrize("document", [README, TRAINING], ids=lambda path: path.stem)
+def test_every_command_of_the_guide_to_coma_runs(copy: Path, programs: Programs) -> None:
+    """After the README's, whose data it goes on with."""
+    assert (copy / "demo" / "data" / "train.parquet").is_file(), "run the README's commands first: the whole file"
+    run_all(COMA, copy, programs)
+    assert (copy / "runs" / "demo_coma_match" / "evaluation" / "results.json").is_file()
+    assert (copy / "demo" / "data" / "talks.jsonl").is_file()
+
+
+@pytest.mark.parametrize("document", [README, TRAINING, COMA], ids=lambda path: path.stem)
 def test_only_named_commands_are_left_out(document: Path) -> None:
     written = [command for language, content in blocks(document) if language == "bash" for command in commands(content)]
     lines = [
