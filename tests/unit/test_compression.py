@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from muco_ds.config import PromptOptions
+from muco_ds.config import DataOptions, ModelOptions, PromptOptions, RunConfig, RunOptions, TaskOptions, validate
 from muco_ds.config_task import Seen
 from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.compression import ConversationTemplate
@@ -303,3 +303,57 @@ def test_a_pack_without_conversations_has_a_loss_of_zero_that_reaches_every_weig
     loss.backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not missing and all(not parameter.grad.any() for parameter in model.parameters())
+
+
+COMPRESS = TaskOptions(name="coma_compress")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"compression_tokens": 0}}, "model.compression_tokens is 0 but task.name is coma_compress"),
+        ({"task": {"name": "coma_match"}, "model": {"compression_tokens": 0}}, "but task.name is coma_match: set it"),
+        ({"task": {"name": "muco", "answers_see": "all"}}, "task.answers_see is all"),
+        ({"task": {"name": "finetune", "train_questions": True}}, "task.train_questions true but"),
+        ({"task": {"reconstruct": True}}, "task.reconstruct is true but task.name is coma_compress"),
+        ({"task": {"query_history": 0.0}}, "task.name is coma_compress, whose turns always do: leave both at 1"),
+        ({"task": {"name": "coma_match", "turns": 2}}, "task.name is coma_match, whose rows are single pairs"),
+        ({"task": {"negatives": 1}}, "task.negatives mean nothing to task.name=coma_compress"),
+        ({"task": {"turn_weights": {1: 2.0}}}, "task.turn_weights and task.negatives mean nothing"),
+        ({"loss": {"temperature": 0.05}}, "loss.temperature is 0.05 but task.name is coma_compress"),
+        ({"loss": {"matryoshka": [8]}}, "loss.matryoshka is [8] but"),
+        ({"temperature": {"schedule": "learned"}}, "temperature.schedule is learned but"),
+        ({"curriculum": {"steps": 5, "negatives": 0}}, "curriculum.negatives is set but task.name is coma_compress"),
+        (
+            {"task": {"name": "coma_match"}, "curriculum": {"steps": 5, "turns": 1}},
+            "task.name is coma_match, whose rows",
+        ),
+        ({"model": {"compression_tokens": -1}}, "model.compression_tokens is -1"),
+    ],
+)
+def test_what_a_stage_cannot_use_is_named(sections: dict[str, dict[str, Any]], words: str) -> None:
+    config = RunConfig(
+        run=RunOptions(name="r", max_steps=200),
+        model=ModelOptions(path="m", compression_tokens=8),
+        data=DataOptions(train="rows.jsonl", images="images"),
+        task=COMPRESS,
+    )
+    validate(config)
+    for section, values in sections.items():
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert words in str(caught.value)
+
+
+def test_the_first_turns_grow_with_the_steps(rows: tuple[ConversationReader, Any]) -> None:
+    reader, index = rows
+    made = packer()
+    assert made.conversations is not None
+    stage = CompressStage(index, reader, made.conversations, seed=0, turns=Limit(4, first=1, steps=10))
+    samples_B = np.arange(len(index))
+    turns_B = np.diff(index.samples["turn_end"], prepend=0)
+    for step, mean in ((0, 1.0), (5, 2.5), (10, 4.0)):
+        used_B = stage.sizes(samples_B, np.zeros_like(samples_B), step).pairs_B
+        assert (used_B <= turns_B).all() and used_B.max() <= np.ceil(mean)
+        assert used_B[turns_B == 4].mean() == pytest.approx(mean, abs=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from muco_ds.data.segments import SegmentBuilder, SegmentPlan, causal, isolated
+from muco_ds.data.segments import Segment, SegmentBuilder, SegmentPlan, causal, isolated
 
 
 def plan_of(*calls: tuple[int, list[int] | None]) -> SegmentPlan:
@@ -87,3 +87,32 @@ def test_map_forgets_what_a_backend_cached_for_the_old_tensors() -> None:
     moved = plan.map(lambda tensor: tensor.clone())
     assert moved.cache == {} and "sdpa" in plan.cache
     assert torch.equal(moved.dense_mask(), plan.dense_mask()) and moved.max_k == plan.max_k
+
+
+def test_a_conversation_sees_its_context_and_itself() -> None:
+    builder = SegmentBuilder()
+    builder.add(causal(1))
+    builder.add([*causal(4), Segment(3, context=(2, 4))])
+    builder.add([*causal(1), Segment(2)])
+    plan = builder.build()
+    assert torch.equal(
+        plan.dense_mask(),
+        mask_of("""
+            x..........
+            .x.........
+            .xx........
+            .xxx.......
+            .xxxx......
+            ...xxx.....
+            ...xxxx....
+            ...xxxxx...
+            ........x..
+            .........x.
+            .........xx
+        """),
+    )
+    assert plan.kv_index_J is not None and plan.kv_index_J.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_turns_without_a_prefix_stand_alone() -> None:
+    assert isolated(0, [2, 3]) == [Segment(2), Segment(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from transformers import AutoConfig, AutoModel
 
 from muco_ds.data.segments import causal, isolated
 from muco_ds.data.templates import ChatTemplate, Rendered
+from muco_ds.models.folder import Processing
 
 from demo import Demo
 from tiny_folders import KINDS
-from tiny_models import model_folder
+from tiny_models import model_folder, settings
 
 MERGE = 2
 Grid = tuple[int, int, int]
@@ -162,3 +164,36 @@ def test_counts_without_rendering(template: ChatTemplate, history: bool) -> None
             excess = sum(not text for text in beside_picture) if grids else 0
             assert count - len(rendered.ids_L) == excess
             assert history or prefix == rendered.segments[0].rows
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "chat"])
+@pytest.mark.parametrize("pool_token", ["<|emb|>", "<|im_end|>"])
+def test_turns_end_with_the_compression_tokens(demo: Demo, stock: Any, pool_token: str, plain: bool) -> None:
+    changed = {"compression_tokens": 3, "template": "plain" if plain else "chat"}
+    template = Processing.load(str(demo.model), replace(settings(pool_token), **changed)).packer().template
+    tokens = "<|ctoken_pad_0|><|ctoken_pad_1|><|ctoken_pad_2|>"
+    opening = "" if plain else SYSTEM + "<|im_start|>user\n"
+    closing = tokens if plain else f"<|im_end|>\n<|im_start|>assistant\n{tokens}"
+    between = "" if plain else "<|im_end|>\n<|im_start|>user\n"
+    texts = ["What is it?", "", "x"]
+    for grids in GRIDS:
+        seen = vision(grids)
+        first = ["\n" if grids and text else "" for text in texts]
+        causal_one = render(template, texts, grids, history=True)
+        whole = opening + seen + first[0] + between.join(f"{text}{closing}" for text in texts)
+        assert causal_one.ids_L.tolist() == whole_prompt_ids(template, whole)
+        apart = render(template, texts, grids, history=False)
+        prefix = 0 if plain and not grids else apart.segments[0].rows
+        assert prefix == len(whole_prompt_ids(template, opening + seen))
+        start = prefix
+        for text, line, emb_row in zip(texts, first, apart.emb_rows, strict=True):
+            alone_ids = np.array(whole_prompt_ids(template, f"{opening}{seen}{line}{text}{closing}"))
+            rows = [*range(prefix), *range(start, start + len(alone_ids) - prefix)]
+            assert (apart.ids_L[rows] == alone_ids).all() and emb_row == rows[-1]
+            assert (apart.positions_4L[1:, rows] == stock_positions(stock, template, alone_ids, grids)).all()
+            start = rows[-1] + 1
+        assert apart.segments == isolated(prefix, [segment.rows for segment in apart.segments[prefix > 0 :]])
+        counts = [np.array([n]) for n in (sum(map(len, template.encode_texts(texts))), 3, len(template.markup(seen)))]
+        for history, rendered in ((True, causal_one), (False, apart)):
+            (count,), _ = template.count(*counts, np.array([history]))
+            assert count - len(rendered.ids_L) == (len(grids) > 0 and not history)  # of the turn without a text
