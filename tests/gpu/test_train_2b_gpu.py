@@ -65,17 +65,17 @@ def write_2b(model_dir: Path) -> int:
     return weights
 
 
-def train_two_steps(root: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train on the demo's data as the quickstart does, in bf16 under ZeRO-3; returns the lines of metrics."""
+def train_two_steps(root: Path, recipe: str, rows: str) -> list[dict[str, Any]]:
+    """Train on the demo's data as its recipes do, in bf16 under ZeRO-3; returns the lines of metrics."""
     arguments = [
-        *("--config", str(REPOSITORY / "launch" / "recipes" / "demo.yaml")),
+        *("--config", str(REPOSITORY / "launch" / "recipes" / recipe)),
         *("--run.name", "two_steps", "--run.dir", str(root / "runs"), "--run.max_steps", "2"),
         *("--run.precision", "bf16", "--optim.warmup_steps", "1", "--optim.lr", "1e-5"),
         *("--model.path", str(root / "model"), "--model.freeze_vision", "true"),
-        *("--model.activation_checkpointing", "true", "--data.train", str(root / "data" / "train.parquet")),
+        *("--model.activation_checkpointing", "true", "--data.train", str(root / "data" / rows)),
         *("--data.val", str(root / "data" / "test.parquet"), "--data.images", str(root / "data" / "images")),
         *("--data.index_dir", str(root / "index"), "--batch.images", "8"),
-        *("--validation.every", "0", "--log.every", "1", *overrides),
+        *("--validation.every", "0", "--log.every", "1"),
     ]
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment = {**alone, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
@@ -95,12 +95,14 @@ def check(lines: list[dict[str, Any]]) -> None:
     assert lines[0]["loss"] != lines[1]["loss"]
 
 
-def test_two_zero3_steps_in_bf16(tmp_path: Path) -> None:
-    rows = write_data(tmp_path / "data", 24, 8, seed=0)
-    write_model(tmp_path / "model", row_texts(rows), seed=0)
+@pytest.mark.parametrize(
+    ("recipe", "rows"), [("demo.yaml", "train.parquet"), ("demo_coma_compress.yaml", "conversations_train.jsonl")]
+)
+def test_two_zero3_steps_in_bf16(tmp_path: Path, recipe: str, rows: str) -> None:
+    write_model(tmp_path / "model", row_texts(write_data(tmp_path / "data", 24, 8, seed=0)), seed=0)
     weights = write_2b(tmp_path / "model")
     assert 1.9e9 < weights < 2.1e9  # 2.2e9 with the released vocabulary
-    lines = train_two_steps(tmp_path)
+    lines = train_two_steps(tmp_path, recipe, rows)
     check(lines)
     # 2 bytes for every weight, and 12 for each trained one (fp32 copy and AdamW's two moments).
     lowest = (2 * weights + 12 * 1.3e9) / 2**30
