@@ -239,7 +239,7 @@ def build_validation(config: RunConfig, data: Data) -> Validation | None:
     if config.task.name == "coma_compress":
         with env.agreement():
             stage = build_stage(config, index, reader, packer)
-            mixture = Mixture([len(index)], [None], images=rows, run=rows, seed=config.run.seed)
+            mixture = Mixture([rows], [None], images=rows, run=rows, seed=config.run.seed)
             pack_tokens, world_size = config.batch.pack_tokens, env.world_size()
             plan = Plan(stage, data.plan.flops, mixture, pack_tokens=pack_tokens, world_size=world_size)
             return AnswerValidation(plan, packer)

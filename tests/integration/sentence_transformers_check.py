@@ -1,4 +1,4 @@
-"""Prints as JSON how far SentenceTransformer and AutoProcessor are from Embedder: `python ... MODEL`.
+"""Prints as JSON how far SentenceTransformer and AutoProcessor are from Embedder, a line each: `python ... MODEL ...`.
 
 A program of its own because torchvision must be prepared before transformers is imported.
 """
@@ -26,6 +26,12 @@ def prepare_torchvision() -> list[torch.library.Library]:
 
 def main() -> None:
     libraries = prepare_torchvision()  # must stay alive
+    for path in sys.argv[1:]:
+        print(json.dumps(compare(path)))
+    del libraries
+
+
+def compare(path: str) -> dict[str, object]:
     import numpy as np
     from PIL import Image
     from sentence_transformers import SentenceTransformer
@@ -34,7 +40,6 @@ def main() -> None:
     from muco_ds import Embedder
     from muco_ds.data.schema import QUERY, Dialogue, Side
 
-    path = sys.argv[1]
     rng = np.random.default_rng(0)
 
     def picture(width: int, height: int) -> Image.Image:
@@ -69,8 +74,7 @@ def main() -> None:
         ids_equal.append(
             prompt["input_ids"][0].tolist() == embedder.packer.pack([asked], replace_broken=False).input_ids_T.tolist()
         )
-    del libraries
-    print(json.dumps({"differences": result, "ids_equal": ids_equal, "limit": model.max_seq_length}))
+    return {"differences": result, "ids_equal": ids_equal, "limit": model.max_seq_length}
 
 
 def difference(one_ND, other_ND) -> float:  # type: ignore[no-untyped-def]

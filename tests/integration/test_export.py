@@ -253,6 +253,10 @@ def test_chat_template_refuses_what_was_not_trained(demo: Demo) -> None:
 
 
 def test_sentence_transformers_gives_the_same_embeddings(exported: Exported) -> None:
+    check_sentence_transformers([exported.folder])
+
+
+def check_sentence_transformers(folders: list[Path]) -> None:
     """Texts, pictures, both and mixed batches through SentenceTransformer and AutoProcessor, against Embedder."""
     apart = Path(sys.prefix) / "torchvision-only"
     if not apart.is_dir() and importlib.util.find_spec("torchvision") is None:
@@ -261,16 +265,15 @@ def test_sentence_transformers_gives_the_same_embeddings(exported: Exported) -> 
     script = Path(__file__).with_name("sentence_transformers_check.py")
     paths = [str(REPOSITORY), *([str(apart)] if apart.is_dir() else [])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, str(exported.folder)], env=env, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, script, *folders], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
-    # torchvision resizes to within one grey level of Pillow, so only pictures of fitting sizes are equal.
-    assert seen["differences"].pop("resized") < 5e-3
-    assert max(seen["differences"].values()) < 1e-5, seen
-    assert all(seen["ids_equal"])
-    assert seen["limit"] is None or seen["limit"] > 10**6
+    for folder, line in zip(folders, done.stdout.splitlines()[-len(folders) :], strict=True):
+        seen = json.loads(line)
+        # torchvision resizes to within one grey level of Pillow, so only pictures of fitting sizes are equal.
+        assert seen["differences"].pop("resized") < 5e-3, folder
+        assert max(seen["differences"].values()) < 1e-5, (folder, seen)
+        assert all(seen["ids_equal"]), folder
+        assert seen["limit"] is None or seen["limit"] > 10**6
 
 
 def test_damaged_weight_is_found_and_nothing_is_left(
