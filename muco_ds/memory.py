@@ -1,11 +1,8 @@
 """Device memory of one rank, estimated from the configuration and the plan: does a run fit, before a GPU is taken.
 
 What is counted follows what DeepSpeed 0.19, transformers 5.23 and autograd keep (each function says why). Weights,
-gradients and optimizer states are exact; activations were compared with what autograd keeps on a CPU
-(tests/unit/test_memory.py); the allowance is an assumption. None of it has been compared with a GPU.
-
-Shape suffixes in formulas: T tokens of a pack, J key/value rows its segments attend to (T where turns are causal),
-P patches, E pooled rows, K keys of all ranks, D hidden size, F its MLP, V and M those of the vision tower.
+gradients and optimizer states are exact; activations (muco_ds/memory_activations.py) were compared with what autograd
+keeps on a CPU; the allowance is an assumption. None of it has been compared with a GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +15,13 @@ import torch
 from transformers import PretrainedConfig
 
 from muco_ds.config_lora import LoraOptions
-from muco_ds.families import FAMILIES, TextShape, VisionShape, text_shape, vision_shape
+from muco_ds.families import FAMILIES, vision_shape
+from muco_ds.memory_activations import NO_ADAPTER, Activations, Head, Load, activation_bytes, feature_bytes
 from muco_ds.models.embedder import KEPT_ON_DEVICE
+from muco_ds.models.head import tied
 from muco_ds.models.lora import adapted_layers, adapter_sizes
 
 GIB = 2**30
-NO_ADAPTER = LoraOptions()
 _BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 _CONTEXT = int(1.5 * GIB)  # CUDA context and kernels, cuBLAS and NCCL workspaces: usual sizes, not measured here
 _FRAGMENTATION = 0.06  # of everything else: blocks that the allocator holds and cannot use, rounding
@@ -39,19 +37,6 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a plan puts on the rank that has most of it."""
-
-    packs: int
-    tokens: int  # of the largest pack, as are the next two
-    attended: int
-    patches: int
-    rank_patches: int  # of all packs of a rank, as is the next
-    rank_rows: int
-    keys: int  # of all ranks
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes on the device by part; `host` is what the DeepSpeed JSON moves to the CPU and is not part of `total`."""
 
@@ -60,9 +45,9 @@ class Memory:
     optimizer: int
     gathered: int  # weights of other ranks that ZeRO-3 holds for a while
     inputs: int  # pixels and ids of the largest pack, and kept vision features
-    embeddings: int
-    logits: int
+    embeddings: int  # or states from which tokens are predicted
     activations: int
+    logits: int  # beyond the activations; of a vocabulary head its weight's gradient too
     update: int  # reduction of the largest gradient and the optimizer step, when activations are gone
     allowance: int
     host: int
@@ -89,6 +74,7 @@ def estimate(
     lora: LoraOptions = NO_ADAPTER,
     new_tokens: int = 0,
     matryoshka: Sequence[int] = (),
+    predicts_tokens: bool = False,
 ) -> Memory:
     """Memory of the rank that has most to do.
 
@@ -100,11 +86,14 @@ def estimate(
         fused_attention: flash-attn or torch's varlen_attn in the text tower; else grouped SDPA.
         new_tokens: those whose rows are trained beside an adapter.
         matryoshka: smaller sizes of the embedding that the loss is taken over as well.
+        predicts_tokens: the loss is that of a vocabulary head, not of embeddings.
     """
     weights = parameters(backbone, vocabulary, freeze_vision, lora, new_tokens)
+    head = vocabulary_head(backbone, vocabulary, lora, new_tokens) if predicts_tokens else None
+    if head is not None and not head.tied:
+        weights.append(Weight(head.numel, head.trained))
     width = _BYTES[precision]
     device, host = _states(weights, ds_config, width, world_size, several_packs=load.packs > 1)
-    hidden = backbone.text_config.hidden_size
     activations = activation_bytes(
         backbone,
         load,
@@ -117,14 +106,30 @@ def estimate(
     parts = {
         **device,
         "gathered": _gathered(weights, ds_config, width, world_size),
-        "inputs": _inputs(backbone, load, width, freeze_vision),
-        "embeddings": embedding_bytes(hidden, load, [size for size in matryoshka if size < hidden]),
-        "logits": 4 * min(_LOSS_TILE, load.rank_rows * load.keys),
-        "activations": activations,
+        "inputs": _inputs(backbone, load, width, keep_features=freeze_vision and load.packs > 1 and head is None),
+        "activations": activations.peak,
         "update": _update(weights, ds_config, width, world_size),
     }
+    if head is None:
+        parts["embeddings"] = embedding_bytes(backbone.text_config.hidden_size, load, matryoshka)
+        parts["logits"] = 4 * min(_LOSS_TILE, load.rank_rows * load.keys)
+    else:
+        reduction = _reduction(head.numel, ds_config, width, world_size)
+        parts["embeddings"] = head.state_bytes(load.predicted, width, trained_norm=not lora.rank)
+        parts["logits"] = _head_bytes(head, load, width, activations, reduction)
+        parts["update"] = max(parts["update"], 2 * head.held_bytes(width))
     known = Memory(**parts, allowance=0, host=host)
     return Memory(**parts, allowance=_CONTEXT + int(_FRAGMENTATION * known.total), host=host)
+
+
+def _head_bytes(head: Head, load: Load, width: int, activations: Activations, reduction: int) -> int:
+    """What a vocabulary head adds to the peak of the activations.
+
+    Of a single pack the gradient of a head of its own is reduced at once, by `reduction` bytes; several packs' wait.
+    """
+    at_once = head.trained and not head.tied and load.packs == 1
+    working = head.working_bytes(load.predicted, width, reduction if at_once else 0)
+    return max(head.held_bytes(width), activations.kept + working - activations.peak)
 
 
 def embedding_bytes(hidden: int, load: Load, smaller: Sequence[int]) -> int:
@@ -135,10 +140,24 @@ def embedding_bytes(hidden: int, load: Load, smaller: Sequence[int]) -> int:
     need 85 % of this on a CPU (2,000 rows, 3,000 keys, sizes 256 and 768 of 1,536).
     """
     entries = hidden * (2 * load.rank_rows + 3 * load.keys)
-    if smaller:
+    if smaller := [size for size in smaller if size < hidden]:
         entries += (sum(smaller) + 3 * max(smaller)) * (load.rank_rows + load.keys)
         entries += hidden * max(load.rank_rows, load.keys)
     return 4 * entries
+
+
+def vocabulary_head(
+    backbone: PretrainedConfig, vocabulary: int, lora: LoraOptions = NO_ADAPTER, new_tokens: int = 0
+) -> Head:
+    """The head by which tokens are predicted, and what is trained of it (`models.head`, `build.build_task`)."""
+    text, shared = backbone.text_config, tied(backbone)
+    return Head(
+        vocabulary=max(vocabulary, text.vocab_size) if shared else text.vocab_size,
+        hidden=text.hidden_size,
+        tied=shared,
+        trained=not lora.rank or (shared and lora.train_embeddings == "all"),
+        rows=bool(shared and lora.rank and lora.train_embeddings == "new" and new_tokens),
+    )
 
 
 def parameters(
@@ -255,9 +274,7 @@ def _update(weights: list[Weight], ds_config: dict[str, Any], width: int, world_
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     trained = [weight.numel for weight in weights if weight.trained]
-    largest = max(trained)
-    copies = 2 * _communicated(ds_config, width) if world_size > 1 else 0
-    reduction = largest * (_accumulated(ds_config, width) + copies)
+    reduction = _reduction(max(trained), ds_config, width, world_size)
     copied = 0
     if stage > 0 and not _offloaded(zero, "offload_optimizer"):
         copied = min(
@@ -266,118 +283,17 @@ def _update(weights: list[Weight], ds_config: dict[str, Any], width: int, world_
     return max(reduction, 4 * copied)
 
 
-def _inputs(backbone: PretrainedConfig, load: Load, width: int, freeze_vision: bool) -> int:
+def _reduction(numel: int, ds_config: dict[str, Any], width: int, world_size: int) -> int:
+    """A gradient larger than any bucket, and the copies from which it is reduced."""
+    copies = 2 * _communicated(ds_config, width) if world_size > 1 else 0
+    return numel * (_accumulated(ds_config, width) + copies)
+
+
+def _inputs(backbone: PretrainedConfig, load: Load, width: int, *, keep_features: bool) -> int:
     """A pack is on the device while it is worked on; float32 pixels are most of it. Of a frozen tower's output, which
     is kept from pass one to pass two where there are several packs, `KEPT_ON_DEVICE` bytes stay there."""
     vision = vision_shape(backbone)
     ids = 8 * 6 * load.tokens  # token id, four positions, one index
     cast = width * vision.pixels * load.patches if width < 4 else 0
-    kept = min(KEPT_ON_DEVICE, _features(vision, load.rank_patches, width))
-    return 4 * vision.pixels * load.patches + cast + ids + (kept if freeze_vision and load.packs > 1 else 0)
-
-
-def activation_bytes(
-    backbone: PretrainedConfig,
-    load: Load,
-    *,
-    width: int,
-    freeze_vision: bool,
-    checkpointing: bool,
-    fused_attention: bool,
-    lora: LoraOptions = NO_ADAPTER,
-) -> int:
-    """Most that is held at once for the backward pass of the largest pack, with the buffers of the layer at work.
-
-    Without checkpointing everything that autograd keeps; with it the input of each layer and one layer's worth at a
-    time. The text tower goes first in the backward pass, when what the vision tower keeps is still there. A frozen
-    vision tower keeps nothing but must get through one block at a time before the text tower begins.
-    """
-    text, vision = text_shape(backbone), vision_shape(backbone)
-    text_layer = text_layer_bytes(text, load.tokens, load.attended, width, fused_attention)
-    adapted = text.adapted(lora.targets)
-    text_layer += adapter_bytes(adapted, load.tokens, width, lora) - unneeded_bytes(text, load.tokens, width, lora)
-    text_working = 3 * width * text.inner * load.tokens  # gradients of the three inner MLP tensors
-    if lora.dora:  # to find the rows' lengths: the update, scaled, and added to the weight
-        text_working += 3 * width * max((inputs * outputs for inputs, outputs in adapted), default=0)
-    rotary = 2 * width * load.tokens * text.head_dim
-    layer_inputs = width * text.hidden * load.tokens
-    block = vision_block_bytes(vision, load.patches, width, fused_attention)
-    block += adapter_bytes(vision.linears, load.patches, width, lora)
-    mlp = 3 * width * load.patches * vision.inner
-    block_inputs = width * vision.width * load.patches
-    merger = (4 + 3 * vision.deep) * block_inputs  # the input of an earlier block's merger is that of the next block
-    # Position embeddings as looked up, times their float32 weights.
-    positions = vision.position_taps * (width + 4) * vision.width * load.patches
-    if freeze_vision:
-        vision_kept, vision_peak = _features(vision, load.patches, width), max(2 * block_inputs + mlp, positions)
-    elif checkpointing:
-        vision_kept = vision.depth * block_inputs + merger
-        vision_peak = vision_kept + block + mlp
-    else:
-        vision_kept = vision_peak = vision.depth * block + merger
-    text_kept = text.layers * layer_inputs + text_layer if checkpointing else text.layers * text_layer
-    return max(rotary + text_kept + text_working + vision_kept, vision_peak)
-
-
-def adapter_bytes(linears: list[tuple[int, int]], rows: int, width: int, lora: LoraOptions) -> int:
-    """Kept beside a layer for the adapters of its linear layers (inputs, outputs).
-
-    What the first of the two small matrices gives; with dropout its input once more, and what was left out, in a byte;
-    with DoRA both outputs, of the weight and of the update, for the gradient of the lengths.
-    """
-    if not lora.rank:
-        return 0
-    dropout, outputs = (width + 1 if lora.dropout else 0), (2 * width if lora.dora else 0)
-    return rows * sum(width * lora.rank + dropout * inputs + outputs * output for inputs, output in linears)
-
-
-def unneeded_bytes(text: TextShape, tokens: int, width: int, lora: LoraOptions) -> int:
-    """Of `text_layer_bytes`, inputs of weights that have no gradient beside an adapter, and are not kept for them.
-
-    Those of the norms' own weights, and of linear layers without an update.
-    """
-    if not lora.rank:
-        return 0
-    unneeded = 2 * text.hidden + (text.queries + text.keys if text.normed_heads else 0)
-    if lora.targets in ("attention", "tokens"):
-        unneeded += text.hidden + text.inner
-    if lora.targets == "tokens":
-        unneeded += text.hidden
-    return width * unneeded * tokens
-
-
-def _features(vision: VisionShape, patches: int, width: int) -> int:
-    return width * vision.out * vision.features * patches // vision.merge
-
-
-def text_layer_bytes(text: TextShape, tokens: int, attended: int, width: int, fused: bool) -> int:
-    """Kept by one decoder layer.
-
-    - RMSNorm, twice: its input in float32 (in fp32 the residual stream itself), the normalised row, and the row times
-      the weight, which is the input of the projections.
-    - Norms of queries and keys, where there are any: the same, except that what comes out is not kept.
-    - Attention: rotated queries, keys and values of the rows attended to, the output (input of the last projection),
-      and one float32 log-sum-exp a head. Grouped SDPA repeats keys and values to all heads and keeps its output apart
-      from that of the regrouping.
-    - SwiGLU: gate, its activation, up, and their product.
-    """
-    key_values = text.keys if fused else text.queries
-    norms = 2 * (4 + 2 * width) * text.hidden * tokens
-    if text.normed_heads:
-        norms += (4 + width) * (text.queries + text.keys) * tokens
-    outputs = 2 if fused else 3
-    attention = width * (outputs * text.queries * tokens + 2 * key_values * attended) + 4 * text.heads * tokens
-    return norms + attention + 4 * width * text.inner * tokens
-
-
-def vision_block_bytes(vision: VisionShape, patches: int, width: int, fused: bool) -> int:
-    """Kept by one block of the vision tower.
-
-    LayerNorm keeps its input and output (float32 RMSNorm in Qwen2.5-VL: as in the text tower), attention the joint
-    projection (values are a view of it), rotated queries and keys, and the output, twice where pictures are joined
-    after SDPA; the MLP its inner tensors.
-    """
-    size = vision.width
-    norms = 2 * (4 + 2 * width) * size if vision.gated else 2 * 2 * width * size
-    attention = width * size * (3 + 2 + (1 if fused else 2)) + 4 * vision.heads
-    return patches * (norms + attention + vision.activation_tensors * width * vision.inner)
+    kept = min(KEPT_ON_DEVICE, feature_bytes(vision, load.rank_patches, width))
+    return 4 * vision.pixels * load.patches + cast + ids + (kept if keep_features else 0)

@@ -18,7 +18,8 @@ from muco_ds.data.assign import least_pack_tokens
 from muco_ds.data.plan import Plan, StepPlan, spread_steps
 from muco_ds.data.stages.base import longest_rows
 from muco_ds.ds_config import build_deepspeed_config
-from muco_ds.memory import GIB, Load, Memory, estimate
+from muco_ds.memory import GIB, Memory, estimate
+from muco_ds.memory_activations import Load
 from muco_ds.models.backbones import load_config, new_rows
 
 POOR_FILL = 0.9
@@ -111,6 +112,7 @@ def look_at(plan: Plan, step: StepPlan) -> Planned:
         rank_patches=max(int(patches_B[np.concatenate(rank)].sum()) for rank in step.packs),
         rank_rows=max(rows.queries + rows.keys for rows in step.rows_per_rank),
         keys=sum(rows.keys for rows in step.rows_per_rank),
+        predicted=max(int(costs.predicted_B[pack].sum()) for pack in packs),
     )
     return Planned(
         step=step.step + 1,
@@ -146,6 +148,7 @@ def estimated(config: RunConfig, data: Data, ranks: int, load: Load) -> Memory:
         lora=config.model.lora,
         new_tokens=len(new_rows(data.processing.tokenizer)),
         matryoshka=config.loss.matryoshka or (),
+        predicts_tokens=config.task.name == "coma_compress",
     )
 
 

@@ -64,6 +64,7 @@ class Costs:
     patches_B: np.ndarray
     attended_B: np.ndarray  # key/value rows: tokens, and the prefix again for each isolated turn
     rows_B3: np.ndarray  # pooled rows: queries, targets, negatives
+    predicted_B: np.ndarray  # tokens that the vocabulary head predicts
     pairs_B: np.ndarray
 
 
@@ -118,7 +119,9 @@ class Plan:
             sizes.tokens_B, sizes.attention_B, sizes.patches_B, sizes.patches_squared_B, sizes.predicted_B
         )
         attended_B = sizes.tokens_B + sizes.repeated_B
-        return Costs(sizes.tokens_B, flops_B, sizes.patches_B, attended_B, sizes.rows_B3, sizes.pairs_B)
+        return Costs(
+            sizes.tokens_B, flops_B, sizes.patches_B, attended_B, sizes.rows_B3, sizes.predicted_B, sizes.pairs_B
+        )
 
     def _check_longest(self) -> None:
         """No example may exceed a pack in any epoch's draw, nor in the last of a curriculum's steps."""

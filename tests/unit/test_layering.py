@@ -37,7 +37,7 @@ LEVELS = [
         "temperature",
     },
     {"models"},
-    {"memory", "tasks"},
+    {"memory", "memory_activations", "tasks"},
     {"checkpoint", "eval", "factory", "mining"},
     {"nonfinite", "build", "export", "export_adapter", "export_st", "reshard", "resume"},
     {"preflight", "trainer"},

@@ -24,7 +24,8 @@ from muco_ds.eval.retrieval import rank_candidates
 from muco_ds.export_st import write_sentence_transformers
 from muco_ds.losses import RowIds, info_nce_dense
 from muco_ds.losses.matryoshka import over_sizes, prefix
-from muco_ds.memory import Load, embedding_bytes
+from muco_ds.memory import embedding_bytes
+from muco_ds.memory_activations import Load
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Settings, read_settings
