@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_export import check_sentence_transformers
 from test_lora_runs import MIDDLE, STEPS, TABLE, cut, weights, write_partitioned
+from test_preflight import PREFLIGHT
 from test_train import write_stage
 
 from muco_ds.config import PromptOptions, TaskOptions
@@ -121,6 +122,26 @@ def test_ranks_and_packs_change_no_loss(zero3: tuple[Path, list[str]], plain: tu
 def packs(out: Path, budget: int) -> list[int]:
     """How many each of two ranks had, by step."""
     return [round(line["llm_tokens"] / line["pack_fill"] / budget / 2) for line in metrics(out)]
+
+
+def test_preflight_announces_the_run(zero3: tuple[Path, list[str]], coma: Coma, programs: Programs) -> None:
+    out, argv = zero3
+    planned = programs.run([PREFLIGHT, *argv[1:], "--ranks", "2", "--json"]).check()
+    announced = json.loads(planned.stdout[0])
+    for step, line in zip(announced["planned"], metrics(out), strict=True):
+        for name in ("step", "pairs", "llm_tokens", "vit_patches", "imbalance", "pack_fill"):
+            assert step[name] == pytest.approx(line[name], rel=1e-9), name
+        assert line["predicted_tokens"] / 2 / step["packs"] <= step["load"]["predicted"] < line["predicted_tokens"]
+        assert step["load"]["keys"] == 0
+    tied, memory = [], announced["memory"]
+    hidden = load_file(coma.folder / "untied" / "model.safetensors")[HEAD].shape[1]
+    assert memory["embeddings"] == max(step["load"]["predicted"] for step in announced["planned"]) * hidden * 12
+    for name in ("untied", "tied"):
+        argv = [PREFLIGHT, *argv[1:], "--ranks", "1", "--json", "--model.path", str(coma.folder / name)]
+        tied.append(json.loads(programs.run(argv).check().stdout[0])["memory"])
+    numel = load_file(coma.folder / "untied" / "model.safetensors")[HEAD].numel()
+    assert tied[0]["weights"] - tied[1]["weights"] == 4 * numel
+    assert tied[0]["optimizer"] - tied[1]["optimizer"] == 12 * numel
 
 
 @pytest.mark.parametrize("ranks", [2, 1])
@@ -245,6 +266,12 @@ def test_a_compressed_model_is_matched(matched: tuple[Path, Exported], compresse
     assert exported.difference < 1e-5
     assert read_settings(str(exported.folder)) == read_settings(str(compressed.folder))
     assert exported.settings.compression_tokens == TOKENS and exported.settings.template == "plain"
+
+
+def test_a_conversation_longer_than_a_pack_is_refused(coma: Coma, programs: Programs, tmp_path: Path) -> None:
+    """Of rows 1, 2, ... of ragged lengths the longest is named; its answers are not cut."""
+    line = refusal(programs.run(coma.train(tmp_path, {"batch.pack_tokens": 80}), ranks=2))
+    assert re.match(r"error: data\.train row \d+ needs up to \d+ tokens but batch\.pack_tokens=80: raise", line), line
 
 
 def test_another_number_of_tokens_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 
 from muco_ds.config_cli import load_config
 from muco_ds.data import index as index_module
+from muco_ds.errors import UserError
 
 from demo import MAX_PIXELS, MIN_PIXELS, Demo, run_here, write_mixed, write_picture
 
@@ -70,3 +72,40 @@ def test_report_and_index(
     assert run_here(monkeypatch, TOOL, "--config", str(recipe), "--data.train", str(tmp_path / "absent.parquet")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: data.train: no such file") and error.count("\n") == 1
+
+
+def test_conversations(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training and held-out rows are counted alike, as conversations; a long one is named and not cut."""
+    lines = demo.train.with_name("conversations_train.jsonl").read_text().splitlines()[:20]
+    row = json.loads(lines[3])
+    row["conversations"] = row["conversations"][:2]
+    row["conversations"][1]["value"] = "red " * 400
+    lines[3:3] = [json.dumps({**row, "conversations": row["conversations"][:1]}), json.dumps(row)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    data = {"train": str(tmp_path / "rows.jsonl"), "val": str(demo.train.with_name("conversations_test.jsonl"))}
+    data |= {"images": str(demo.images), "index_dir": str(tmp_path / "index")}
+    limits = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    sections = {"run": {"name": "x", "max_steps": 1}, "data": {**data, **limits}, "task": {"name": "coma_compress"}}
+    sections |= {"model": {"path": str(demo.model), "compression_tokens": 6}, "optim": {"warmup_steps": 0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**sections, "batch": {"images": 8, "pack_tokens": 400}}))
+    assert run_here(monkeypatch, TOOL, "--config", str(tmp_path / "recipe.yaml"), "--processes", "1") == 0
+    _, train, held_out = capsys.readouterr().out.split("\ndata.")
+    assert "rows      22, usable 21, bad 1\n  row 3: entry 0, a question, has no answer\n" in train
+    assert "turns     a row: min 1, mean 6.7, max 7" in train
+    (found,) = (line for line in train.splitlines() if line.startswith("longest"))
+    assert found.startswith("longest   row 4, ") and "does not fit batch.pack_tokens=400: raise it" in found
+    assert "usable 16, bad 0" in held_out and ": fits batch.pack_tokens=400" in held_out
+
+    config = load_config(tmp_path / "recipe.yaml")
+    from muco_ds.build import build_data
+
+    tokens = found.removeprefix("longest   row 4, ").split()[0]
+    with pytest.raises(UserError, match=rf"data\.train row 4 needs up to {tokens} tokens but batch\.pack_tokens=400"):
+        build_data(config)
+    config.batch.pack_tokens = int(tokens)
+    plan = build_data(config).plan
+    (sample,) = (plan.index.samples["row"] == 4).nonzero()[0]
+    costs = plan.costs(np.array([sample]), np.array([0]), 0)
+    assert costs.tokens_B.tolist() == [int(tokens)] and costs.predicted_B[0] > 400, "the whole answer is predicted"
