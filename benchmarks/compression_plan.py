@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from muco_ds.data.segments import SegmentPlan
+from muco_ds.data.segments import Segment, SegmentBuilder, SegmentPlan, causal
 from muco_ds.models.attention import segment_attention
 
 from harness import percentiles, provenance, record, sample
@@ -34,26 +34,20 @@ RESULTS = Path(__file__).parent / "results" / "compression_plan.jsonl"
 HEADS = {"cpu": (4, 1, 64), "cuda": (16, 2, 128)}  # query heads, key heads, head dimension
 
 
-def cumulative(lengths: list[int]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-
-
 def causal_plan(lengths: list[tuple[int, int, int]]) -> SegmentPlan:
     """``lengths``: rows of picture and prompt, compression tokens, questions and answers of each dialogue."""
-    rows = [sum(parts) for parts in lengths]
-    return SegmentPlan(None, cumulative(rows), cumulative(rows), max(rows), max(rows))
+    builder = SegmentBuilder()
+    for parts in lengths:
+        builder.add(causal(sum(parts)))
+    return builder.build()
 
 
 def compression_plan(lengths: list[tuple[int, int, int]]) -> SegmentPlan:
-    q_lengths, kv_parts, start = [], [], 0
+    builder = SegmentBuilder()
     for prefix, tokens, answers in lengths:
-        stop = start + prefix + tokens + answers
-        q_lengths += [prefix + tokens, answers]
-        kv_parts += [np.arange(start, stop - answers), np.arange(start + prefix, stop)]
-        start = stop
-    k_lengths = [len(part) for part in kv_parts]
-    kv_index_J = torch.from_numpy(np.concatenate(kv_parts))
-    return SegmentPlan(kv_index_J, cumulative(q_lengths), cumulative(k_lengths), max(q_lengths), max(k_lengths))
+        seen = (prefix, prefix + tokens)
+        builder.add([*causal(prefix + tokens), Segment(answers, context=seen)])
+    return builder.build()
 
 
 def pairs(plan: SegmentPlan) -> int:

@@ -38,7 +38,7 @@ from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import draw_rows, load_backbone, load_config, new_rows, unknown_compression_ids
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
-from muco_ds.models.head import vocabulary_head
+from muco_ds.models.head import check_head, tied, vocabulary_head
 from muco_ds.models.lora import add_adapter
 from muco_ds.optim import build_optimizer
 from muco_ds.tasks.base import Task
@@ -73,6 +73,8 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
     """
     with env.agreement():
         backbone = load_config(config.model.path)
+        if config.task.name == "coma_compress":
+            check_head(config.model.path)
         processing = load_processing(config)
         packer = build_packer(config, processing)
     reader, index = open_sources(config, packer)
@@ -91,13 +93,12 @@ def build_data(config: RunConfig, world_size: int | None = None) -> Data:
             run=config.batch.source_run,
             seed=config.run.seed,
         )
-        plan = Plan(
-            stage,
-            _flops(config, backbone),
-            mixture,
-            pack_tokens=config.batch.pack_tokens,
-            world_size=world_size or env.world_size(),
-        )
+        ranks = world_size or env.world_size()
+        if config.batch.images < ranks:
+            raise UserError(
+                f"batch.images={config.batch.images} is less than {ranks} ranks: raise it or use fewer ranks"
+            )
+        plan = Plan(stage, _flops(config, backbone), mixture, pack_tokens=config.batch.pack_tokens, world_size=ranks)
     return Data(processing, packer, plan, Collator(stage, packer))
 
 
@@ -123,7 +124,8 @@ def build_packer(config: RunConfig, processing: Processing) -> Packer:
 
 def _flops(config: RunConfig, backbone: PretrainedConfig) -> FlopsModel:
     model = config.model
-    head = model.lora.rank == 0 or (model.lora.train_embeddings == "all" and backbone.tie_word_embeddings)
+    # Rows of a tied table that alone are trained cost the product for all of them.
+    head = model.lora.rank == 0 or (model.lora.train_embeddings != "none" and tied(backbone))
     return FlopsModel.from_config(backbone, train_vision=not model.freeze_vision, lora=model.lora, train_head=head)
 
 
@@ -162,14 +164,11 @@ def build_stage(config: RunConfig, index: Index, reader: Reader, packer: Packer)
     )
 
 
-def build_task(
-    config: RunConfig, embedder: Embedder, partition: dict[str, Any] | None = None
-) -> MuCoTask | CompressTask:
-    """The loss half of the stage that `task.name` names. `partition`: the DeepSpeed configuration of ZeRO-3."""
+def build_task(config: RunConfig, embedder: Embedder) -> MuCoTask | CompressTask:
+    """The loss half of the stage that `task.name` names."""
     if config.task.name == "coma_compress":
         trained = config.model.lora.rank == 0
-        head = vocabulary_head(embedder.model, config.model.path, trained=trained, partition=partition)
-        return CompressTask(embedder, head)
+        return CompressTask(embedder, vocabulary_head(embedder.model, config.model.path, trained=trained))
     if config.task.name in ("finetune", "coma_match"):
         forms = 2 if config.task.reconstruct else 1
         return FineTuneTask(embedder, config.loss, forms=forms, compound=config.task.compound)
@@ -242,7 +241,7 @@ def build_validation(config: RunConfig, data: Data) -> Validation | None:
             mixture = Mixture([rows], [None], images=rows, run=rows, seed=config.run.seed)
             pack_tokens, world_size = config.batch.pack_tokens, env.world_size()
             plan = Plan(stage, data.plan.flops, mixture, pack_tokens=pack_tokens, world_size=world_size)
-            return AnswerValidation(plan, packer)
+            return AnswerValidation(plan, Collator(stage, packer))
     records = [reader.record(int(row)) for row in index.samples["row"][:rows]]
     sizes = config.loss.matryoshka or ()
     return RetrievalValidation(records, packer, pack_tokens=config.batch.pack_tokens, sizes=sizes)
@@ -272,9 +271,8 @@ def build_engine(
     if config.model.activation_checkpointing:
         # The name before transformers 5.23, which Python 3.10 is left with, is gradient_checkpointing_enable.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    embedder = Embedder(model, freeze_vision=config.model.freeze_vision)
-    with env.agreement():
-        task = build_task(config, embedder, ds_config if stage == 3 else None)
+    with env.agreement():  # a head of its own is read here; the engine will partition it
+        task = build_task(config, Embedder(model, freeze_vision=config.model.freeze_vision))
     if stage < 3:
         task.to(device)
     for module in task.modules():  # zero.Init places parameters; rotary tables are buffers

@@ -181,7 +181,7 @@ class OptimOptions:
 
 @dataclass
 class ValidationOptions:
-    """Retrieval on held-out rows during training.
+    """Held-out rows during training: retrieval, or the loss of answers in compression.
 
     Args:
         every: Steps between validations; 0: none.
@@ -233,7 +233,7 @@ class RunConfig:
         optim: AdamW and its schedule.
         loss: InfoNCE.
         temperature: How the loss's temperature changes.
-        validation: Retrieval during training.
+        validation: Held-out rows during training.
         checkpoint: Saving and resuming.
         log: Metrics.
         deepspeed: Path of the DeepSpeed JSON, relative to the current directory or, failing that, to the repository.
@@ -323,6 +323,11 @@ def validate(config: RunConfig) -> None:
         raise UserError("run.max_steps and run.epochs are both null: set one of them, or the run has no end")
     if not config.model.pool_token:
         raise UserError(f"model.pool_token is empty: name a token, for example {DEFAULT_POOL_TOKEN}")
+    if config.model.compression_tokens and config.model.pool_token != DEFAULT_POOL_TOKEN:
+        raise UserError(
+            f"model.pool_token is {config.model.pool_token} but turns are read through model.compression_tokens="
+            f"{config.model.compression_tokens}: leave out one of the two"
+        )
     check_adapter(config.model.lora, config.model.freeze_vision, optim.vision_lr)
     if config.batch.images % config.batch.source_run:
         problem = f"batch.source_run is {config.batch.source_run}, which does not divide batch.images"

@@ -141,8 +141,18 @@ def _stock_weights(
         if head is None:
             assert adapter is not None
             head = stored_weight(adapter.base, HEAD_NAME)
-        weights[HEAD_NAME] = head
+        weights[HEAD_NAME] = _as_long(head, config.text_config.vocab_size)
     return weights, adapter
+
+
+def _as_long(head: Weight, rows: int) -> Weight:
+    """A head as stock classes expect it, with a row for each of the table's: where that grew, zeros for new tokens."""
+
+    def read() -> torch.Tensor:
+        head_VD = head.read()
+        return torch.cat([head_VD, head_VD.new_zeros(rows - len(head_VD), head_VD.shape[1])])
+
+    return head if head.shape[0] >= rows else Weight(torch.Size([rows, head.shape[1]]), read)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -48,10 +48,8 @@ class ConversationReader:
     in memory are eight bytes for each. Arguments as of M3TReader; conversations have no hard negatives.
     """
 
-    def __init__(self, pattern: str, images: str, key: str = "data.train", *, negatives: bool = False) -> None:
-        if negatives:
-            raise UserError(f"task.negatives: conversations have none, '{pattern}' included: set it to 0")
-        self.key, self.negatives = key, False
+    def __init__(self, pattern: str, images: str, key: str = "data.train") -> None:
+        self.key, self.negatives = key, False  # a row has none that are hard
         files = data_files(pattern, key, SUFFIXES)
         tables = [path for path in files if path.endswith(".parquet")]
         lines = [path for path in files if path not in tables]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from muco_ds.data.conversations import conversation
 from muco_ds.data.demo_pairs import IMAGE_MARK, write_pairs
+from muco_ds.data.readers import M3T_SCHEMA
 from muco_ds.data.schema import RecordTurn
 
 CELL = 28
@@ -49,18 +50,6 @@ COLOURS = {
 BACKGROUNDS = {"night": (15, 15, 25), "fog": (135, 135, 135), "snow": (250, 250, 250), "sea": (0, 95, 110)}
 FRAME = (255, 128, 0)
 SIGNS = {**{c: f"the letter {c}" for c in "AHKX"}, **{c: f"the digit {c}" for c in "2479"}}
-
-M3T_SCHEMA = pa.schema(
-    [
-        ("qry", pa.list_(pa.list_(pa.string()))),
-        ("qry_sentence", pa.string()),
-        ("qry_image_path", pa.string()),
-        ("pos_text", pa.list_(pa.string())),
-        ("pos_sentence", pa.list_(pa.string())),
-        ("pos_image_path", pa.string()),
-        ("neg_text", pa.list_(pa.string())),
-    ]
-)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class StepDataset(Dataset[StepBatch | UserError]):
         except UserError as error:
             return error
         except RowError as error:
-            return UserError(f"{error}: it changed after it was indexed: run tools/index_data.py with --rebuild")
+            return changed_row(error)
         return StepBatch(
             step=step,
             epoch=step // self.plan.mixture.steps_per_epoch,
@@ -50,6 +50,11 @@ class StepDataset(Dataset[StepBatch | UserError]):
                 "imbalance": plan.imbalance,
             },
         )
+
+
+def changed_row(error: RowError) -> UserError:
+    """What to say of a row that is not as it was indexed."""
+    return UserError(f"{error}: it changed after it was indexed: run tools/index_data.py with --rebuild")
 
 
 def step_batches(dataset: StepDataset, start: int, *, workers: int, pin_memory: bool) -> Iterator[StepBatch]:

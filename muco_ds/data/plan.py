@@ -76,16 +76,12 @@ class Plan:
         mixture: which examples each step takes.
         pack_tokens: token budget of a pack.
     Raises:
-        UserError: fewer examples in a batch than ranks, an example larger than a pack.
+        UserError: an example larger than a pack.
     """
 
     def __init__(self, stage: Stage, flops: FlopsModel, mixture: Mixture, *, pack_tokens: int, world_size: int) -> None:
         self.stage, self.flops, self.mixture = stage, flops, mixture
         self.pack_tokens, self.world_size = pack_tokens, world_size
-        if mixture.images < world_size:
-            raise UserError(
-                f"batch.images={mixture.images} is less than {world_size} ranks: raise it or use fewer ranks"
-            )
         self._check_longest()
 
     @property

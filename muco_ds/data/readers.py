@@ -20,13 +20,27 @@ from muco_ds.data.schema import TURNS_PER_SAMPLE, Negative, Record, RecordTurn
 from muco_ds.errors import UserError
 
 _IMAGE_MARKER = re.compile(r"<\|image_\d+\|>\n?")
+"""M3T's picture placeholder. Pictures always come first here, so the marker is only removed."""
+
 IMAGE_MARK = "<|image_1|>\n"
 """How rows mark a picture; readers put pictures first, marked or not."""
-"""M3T's picture placeholder. Pictures always come first here, so the marker is only removed."""
 
 _CONVERTED_ROWS = 1000
 
 M3T_COLUMNS = ("qry", "pos_text", "qry_image_path")
+"""Those that a row must have."""
+
+M3T_SCHEMA = pa.schema(
+    [
+        ("qry", pa.list_(pa.list_(pa.string()))),
+        ("qry_sentence", pa.string()),
+        ("qry_image_path", pa.string()),
+        ("pos_text", pa.list_(pa.string())),
+        ("pos_sentence", pa.list_(pa.string())),
+        ("pos_image_path", pa.string()),
+        ("neg_text", pa.list_(pa.string())),
+    ]
+)
 
 
 class RowError(ValueError):

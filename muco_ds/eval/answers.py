@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from muco_ds.data.collator import Packer
+from muco_ds.data.collator import Collator, Packer
+from muco_ds.data.loader import changed_row
 from muco_ds.data.plan import Plan
+from muco_ds.data.readers import RowError
 from muco_ds.data.schema import QUERY, Conversation, PackedBatch, Side
-from muco_ds.data.stages.compress import CompressStage
 from muco_ds.data.templates import END
 from muco_ds.distributed import env
 from muco_ds.eval.held_out import HeldOut
@@ -24,28 +25,45 @@ class AnswerValidation:
 
     Args:
         plan: over the held-out rows; its first step is what is used of them.
-        answered: conversations whose first question the model answers in its own words.
+        collator: of the same stage.
+        answered: conversations whose first question the model answers in its own words, as many as fit one pack.
+    Raises:
+        UserError: a row that is not as it was indexed.
     """
 
-    def __init__(self, plan: Plan, packer: Packer, answered: int = 4) -> None:
-        assert isinstance(plan.stage, CompressStage)
-        self.packer, self.step, stage = packer, plan.step(0), plan.stage
-        self.sides = {
-            int(sample): stage.sides(int(sample), 0, 0)[0]
-            for packs in (self.step.packs[env.rank()], [np.arange(min(answered, self.step.images))])
-            for sample in self.step.samples_B[np.concatenate(packs)]
-        }
-        chosen = [self.sides[int(sample)].dialogue for sample in self.step.samples_B[:answered]]
+    def __init__(self, plan: Plan, collator: Collator, answered: int = 4) -> None:
+        self.packer, self.step = collator.packer, plan.step(0)
+        tokens_A = plan.costs(self.step.samples_B[:answered], self.step.passes_B[:answered], 0).tokens_B
+        fitting = max(1, int((np.cumsum(tokens_A + LONGEST_ANSWER) <= plan.pack_tokens).sum()))
+        shown = range(min(fitting, len(tokens_A)))
+        try:
+            self.sides = {int(place): self._side(collator, place) for place in (*np.concatenate(self._packs), *shown)}
+        except RowError as error:
+            raise changed_row(error) from error
+        chosen = [self.sides[place].dialogue for place in shown]
         self.answered = [dialogue for dialogue in chosen if isinstance(dialogue, Conversation)]
+
+    @property
+    def _packs(self) -> list[np.ndarray]:
+        """This rank's, of places in the batch."""
+        return self.step.packs[env.rank()]
+
+    def _side(self, collator: Collator, place: int) -> Side:
+        which = slice(place, place + 1)
+        (side,) = collator.sides(self.step.samples_B[which], self.step.passes_B[which], 0)
+        return side
 
     @torch.no_grad()
     def __call__(self, model: Callable[..., torch.Tensor], device: torch.device) -> HeldOut:
-        total = torch.zeros((), device=device, dtype=torch.float64)
-        for pack in self.step.packs[env.rank()]:
-            sides = [self.sides[int(sample)] for sample in self.step.samples_B[pack]]
-            total += model(self.packer.pack(sides, replace_broken=True).to(device)).double()
-        loss = env.sum_over_ranks(total).item() / sum(rows.queries for rows in self.step.rows_per_rank)
-        values = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+        """val/loss, val/perplexity and val/replaced_images (grey ones in place of what does not decode)."""
+        totals = torch.zeros(2, device=device, dtype=torch.float64)
+        for places in self._packs:
+            pack = self.packer.pack([self.sides[int(place)] for place in places], replace_broken=True)
+            totals[0] += model(pack.to(device)).double()
+            totals[1] += pack.replaced_images
+        total, replaced = env.sum_over_ranks(totals).tolist()
+        loss = total / sum(rows.queries for rows in self.step.rows_per_rank)
+        values = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0)), "val/replaced_images": replaced}
         answers = generate(model, self.packer, self.answered, device)
         return HeldOut(values, {"val/answers": _table(self.answered, answers)})
 

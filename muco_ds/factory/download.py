@@ -128,7 +128,8 @@ async def _receive(client: httpx2.AsyncClient, url: str, work: Path, max_bytes: 
             raise PictureError(f"http {status}", response.reason_phrase)
         if any(word in response.headers.get("x-robots-tag", "").lower() for word in OPT_OUT):
             raise PictureError("opt-out", "the site asks not to train on it (X-Robots-Tag)")
-        if int(response.headers.get("content-length", "0")) > max_bytes:
+        announced = response.headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > max_bytes:
             raise too_large
         size = 0
         with open(work, "wb") as file:
@@ -142,10 +143,13 @@ async def _receive(client: httpx2.AsyncClient, url: str, work: Path, max_bytes: 
 
 def _wanted_pause(retry_after: str) -> float | None:
     """Seconds of a Retry-After header, which holds them or a date."""
-    if retry_after.isdigit():
-        return float(retry_after)
-    date = email.utils.parsedate_tz(retry_after)
-    return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    try:
+        if retry_after.isdigit():
+            return float(retry_after)
+        date = email.utils.parsedate_tz(retry_after)
+        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    except (ValueError, OverflowError):  # digits of other scripts, a year that no clock has
+        return None
 
 
 def _verify(work: Path, short_side: int | None) -> None:

@@ -20,8 +20,7 @@ SUFFIX = {"m3t": ".parquet", "conversations": ".jsonl"}
 
 def write_m3t(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Rows in M3T's columns as parquet, those too that it leaves empty (its own loader looks for them)."""
-    from muco_ds.data.demo_scenes import M3T_SCHEMA  # seconds of imports, which asking an endpoint need not wait for
-    from muco_ds.data.readers import IMAGE_MARK
+    from muco_ds.data.readers import IMAGE_MARK, M3T_SCHEMA  # seconds, which asking an endpoint need not wait for
 
     remaining = (
         {

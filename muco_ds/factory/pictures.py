@@ -23,9 +23,14 @@ def find_pictures(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise UserError(f"--images: no such folder '{folder}'")
-    names = []
+    names: list[str] = []
+    seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(parent)) in seen:  # a link to where we were
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         names += [
             Path(parent, name).relative_to(folder).as_posix()
             for name in files

@@ -66,32 +66,28 @@ def _stored(files: dict[str, str], name: str) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
-def vocabulary_head(
-    model: PreTrainedModel, path: str, *, trained: bool, partition: dict[str, Any] | None
-) -> VocabularyHead:
-    """The head of the backbone in a folder, for a model that was loaded from there.
-
-    Args:
-        trained: of a head with weights of its own: train them. A tied one is trained as the table is.
-        partition: the DeepSpeed configuration of ZeRO-3.
-    Raises:
-        UserError: the folder has none.
-    """
+def check_head(path: str) -> None:
+    """Does a backbone's folder hold the head that predicts tokens? Raises UserError where it does not."""
     files = dict(tensor_files(path))
     if tied(load_config(path)):
         _check_tied(path, files)
+    elif NAME not in files:
+        raise UserError(
+            f"model.path: '{path}' holds no {NAME}, which predicts answers: give the whole model, as it was released"
+        )
+
+
+def vocabulary_head(model: PreTrainedModel, path: str, *, trained: bool) -> VocabularyHead:
+    """The head of the backbone in a folder (see `check_head`), for a model that was loaded from there.
+
+    Args:
+        trained: of a head with weights of its own: train them. A tied one is trained as the table is.
+    """
+    if tied(load_config(path)):
         table: Any = model.get_input_embeddings()
         if isinstance(table, TrainedRows):
             whole: Any = table.base_layer
             return VocabularyHead(whole.weight, table.trained_rows, table.ids_R)
         return VocabularyHead(table.weight)
-    if NAME not in files:
-        raise UserError(
-            f"model.path: '{path}' holds no {NAME}, which predicts answers: give the whole model, as it was released"
-        )
-    head = VocabularyHead(nn.Parameter(_stored(files, NAME).to(model.dtype), requires_grad=trained))
-    if partition is not None:
-        import deepspeed
-
-        deepspeed.zero.Init(module=head, config_dict_or_path=partition)
-    return head
+    stored_VD = _stored(dict(tensor_files(path)), NAME)
+    return VocabularyHead(nn.Parameter(stored_VD.to(model.dtype), requires_grad=trained))

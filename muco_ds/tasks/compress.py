@@ -16,7 +16,7 @@ from torch import nn
 from muco_ds.data.schema import PackedBatch, StepBatch
 from muco_ds.distributed.gradient_cache import one_reduction
 from muco_ds.metrics import CONTRASTIVE_KEYS
-from muco_ds.models.embedder import Embedder, KeptVision
+from muco_ds.models.embedder import Embedder
 from muco_ds.models.head import VocabularyHead
 from muco_ds.tasks.base import TaskLoss
 
@@ -28,13 +28,13 @@ class CompressTask(nn.Module):
         super().__init__()
         self.embedder, self.head = embedder, head
 
-    def forward(self, pack: PackedBatch, kept: KeptVision | None = None, *, predict: bool = False) -> torch.Tensor:
+    def forward(self, pack: PackedBatch, *, predict: bool = False) -> torch.Tensor:
         """Sum of the cross-entropies of a pack's labels, 0-d float32; of dialogues, their embeddings.
 
         Args:
             predict: the likeliest next tokens in place of the loss, int64 [E].
         """
-        state_ED = self.embedder(pack, kept)
+        state_ED = self.embedder(pack)
         if pack.labels_E is None:
             return state_ED
         return self.head(state_ED, None if predict else pack.labels_E)

@@ -17,11 +17,11 @@ from PIL import Image
 from transformers import AutoConfig
 
 from muco_ds.data.collator import Collator, Packer
-from muco_ds.data.demo_scenes import M3T_SCHEMA, row_texts, write_data
+from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.index import QUESTION, SAMPLE, TURN, Index, Indexer, Part, open_index
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
-from muco_ds.data.readers import M3TReader
+from muco_ds.data.readers import M3T_SCHEMA, M3TReader
 from muco_ds.data.stages.muco import MuCoStage
 from muco_ds.flops import FlopsModel
 from muco_ds.models.demo_model import write_model

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from muco_ds.data.collator import Collator, Packer
-from muco_ds.data.demo_scenes import M3T_SCHEMA
 from muco_ds.data.images import ImageError
 from muco_ds.data.index import target_hash
+from muco_ds.data.readers import M3T_SCHEMA
 from muco_ds.data.schema import QUERY, TARGET, TURNS_PER_SAMPLE, Dialogue, PackedBatch, RowCounts, Side
 
 from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows

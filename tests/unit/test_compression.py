@@ -19,6 +19,7 @@ from muco_ds.config_task import Seen
 from muco_ds.data.collator import Collator, Packer
 from muco_ds.data.compression import ConversationTemplate
 from muco_ds.data.conversations import ConversationReader
+from muco_ds.data.images import ImageError
 from muco_ds.data.index import Indexer, open_index
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
@@ -59,7 +60,7 @@ def model_of(kind: str = "qwen2_5_vl") -> CompressTask:
     path = str(model_folder(kind))
     vocabulary = len(packer(kind=kind).template.tokenizer)
     backbone = load_backbone(path, dtype=torch.float32, attention="sdpa", vocabulary=vocabulary)
-    head = vocabulary_head(backbone, path, trained=True, partition=None)
+    head = vocabulary_head(backbone, path, trained=True)
     return CompressTask(Embedder(backbone, freeze_vision=False), head).eval()
 
 
@@ -227,7 +228,7 @@ def test_validation_is_the_mean_over_all_held_out_tokens(rows: tuple[Conversatio
     stage = stage_of(rows, made)
     mixture = Mixture([len(stage.index)], [None], images=12, run=12, seed=0)
     plan = Plan(stage, demo.flops(), mixture, pack_tokens=400, world_size=1)
-    found = AnswerValidation(plan, made, answered=2)(model, torch.device("cpu"))
+    found = AnswerValidation(plan, Collator(stage, made), answered=2)(model, torch.device("cpu"))
     step = plan.step(0)
     assert len(step.packs[0]) > 1
     total, tokens = 0.0, 0
@@ -235,12 +236,44 @@ def test_validation_is_the_mean_over_all_held_out_tokens(rows: tuple[Conversatio
         pack = made.pack(stage.sides(int(sample), 0, 0), replace_broken=False)
         total, tokens = total + float(model(pack)), tokens + pack.counts.queries
     assert found.values["val/loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found.values["val/replaced_images"] == 0
     assert found.values["val/perplexity"] == pytest.approx(np.exp(total / tokens), rel=1e-5)
     table = str(found.shown["val/answers"]).splitlines()
     assert len(table) == 4 and table[0] == "| question | from the tokens | true |"
     (first,) = stage.sides(int(step.samples_B[0]), 0, 0)
     assert isinstance(first.dialogue, Conversation)
     assert table[2].startswith(f"| {first.dialogue.questions[0]} |") and str(first.dialogue.answers[0]) in table[2]
+
+
+@torch.no_grad()
+def test_validation_counts_what_does_not_decode_and_names_what_changed(
+    rows: tuple[ConversationReader, Any], demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, model = packer(), model_of()
+    stage = stage_of(rows, made)
+    mixture = Mixture([len(stage.index)], [None], images=9, run=9, seed=0)
+    plan = Plan(stage, demo.flops(), mixture, pack_tokens=400, world_size=1)
+    validation = AnswerValidation(plan, Collator(stage, made))
+    pictured = sum(len(validation.sides[place].dialogue.images) for place in range(9))
+    monkeypatch.setattr(made.images, "patches", refuse)
+    assert validation(model, torch.device("cpu")).values["val/replaced_images"] == pictured > 0
+    record = stage.reader.record
+    monkeypatch.setattr(stage.reader, "record", lambda row: replace(record(row), turns=()))
+    with pytest.raises(UserError, match=r"data\.train row \d+: has 0 turns, \d were indexed: it changed after"):
+        AnswerValidation(plan, Collator(stage, made))
+
+
+def refuse(_picture: object) -> None:
+    raise ImageError("cut off")
+
+
+def test_only_as_many_answers_as_fit_a_pack(rows: tuple[ConversationReader, Any], demo: Demo) -> None:
+    made = packer()
+    stage = stage_of(rows, made)
+    for pack_tokens, answered in ((250, range(1, 3)), (4000, range(4, 5))):
+        mixture = Mixture([len(stage.index)], [None], images=9, run=9, seed=0)
+        plan = Plan(stage, demo.flops(), mixture, pack_tokens=pack_tokens, world_size=1)
+        assert len(AnswerValidation(plan, Collator(stage, made)).answered) in answered
 
 
 def test_a_conversation_that_exceeds_a_pack_is_named(rows: tuple[ConversationReader, Any], demo: Demo) -> None:

@@ -238,8 +238,6 @@ def test_mistakes_name_the_file_and_the_cure(tmp_path: Path) -> None:
     good = str(write_lines(tmp_path / "good.jsonl", [GOOD]))
     with pytest.raises(UserError, match=r"data\.images: no such folder '.*nowhere': set it"):
         ConversationReader(good, str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"task\.negatives: .*good\.jsonl.*set it to 0"):
-        ConversationReader(good, str(images), negatives=True)
 
 
 def test_the_configuration_takes_folders_of_json_lines(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from muco_ds.data import index as index_module
-from muco_ds.data.demo_scenes import M3T_SCHEMA
 from muco_ds.data.images import ImageLimits, ImagePipeline
 from muco_ds.data.index import Index, Indexer, image_id, index_path, open_index, target_hash
-from muco_ds.data.readers import M3TReader
+from muco_ds.data.readers import M3T_SCHEMA, M3TReader
 from muco_ds.errors import UserError
 
 from demo import Demo, Rows, open_data, row, write_mixed, write_picture, write_rows

@@ -136,11 +136,16 @@ def test_tokens_decide_where_cost_would_need_more_packs(big: Rows) -> None:
     assert max(map(len, step.packs)) == 1
 
 
+def test_fewer_examples_than_ranks_leave_some_without_any(scenes: Rows) -> None:
+    step = scenes.plan(world_size=5, images=3).step(0)
+    assert sorted(sum(map(len, rank)) for rank in step.packs) == [0, 0, 1, 1, 1]
+    assert len({len(rank) for rank in step.packs}) == 1
+    assert sorted(rows.queries > 0 for rows in step.rows_per_rank) == [False, False, True, True, True]
+
+
 def test_mistakes_come_with_numbers_and_a_cure(scenes: Rows, mixed: Rows) -> None:
     with pytest.raises(UserError, match=r"batch\.images=65 but data\.train has 64 usable rows: lower batch\.images"):
         scenes.plan(images=65)
-    with pytest.raises(UserError, match=r"batch\.images=4 is less than 5 ranks: raise it"):
-        scenes.plan(world_size=5, images=4)
     longest = mixed.stage().longest(0, len(mixed.index))
     row, need = mixed.index.samples["row"][longest.argmax()], longest.max()
     message = rf"data\.train row {row} needs up to {need} tokens but batch\.pack_tokens=100: raise batch\.pack_tokens"

@@ -8,8 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from muco_ds.data.demo_scenes import M3T_SCHEMA
-from muco_ds.data.readers import M3TReader, RowError
+from muco_ds.data.readers import M3T_SCHEMA, M3TReader, RowError
 from muco_ds.data.schema import RecordTurn
 from muco_ds.errors import UserError
 
