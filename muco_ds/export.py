@@ -31,7 +31,7 @@ from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_settings
 from muco_ds.models.head import NAME as HEAD_NAME
-from muco_ds.models.head import tied
+from muco_ds.models.head import enlarged, tied
 from muco_ds.models.probe import probe_dialogues
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -140,19 +140,16 @@ def _stock_weights(
         # A head that is not trained is still that of the backbone.
         if head is None:
             assert adapter is not None
-            head = stored_weight(adapter.base, HEAD_NAME)
-        weights[HEAD_NAME] = _as_long(head, config.text_config.vocab_size)
+            head = _untrained_head(adapter.base, config.text_config.vocab_size)
+        weights[HEAD_NAME] = head
     return weights, adapter
 
 
-def _as_long(head: Weight, rows: int) -> Weight:
-    """A head as stock classes expect it, with a row for each of the table's: where that grew, zeros for new tokens."""
-
-    def read() -> torch.Tensor:
-        head_VD = head.read()
-        return torch.cat([head_VD, head_VD.new_zeros(rows - len(head_VD), head_VD.shape[1])])
-
-    return head if head.shape[0] >= rows else Weight(torch.Size([rows, head.shape[1]]), read)
+def _untrained_head(base: str, rows: int) -> Weight:
+    """That of a backbone, as training used it."""
+    stored = stored_weight(base, HEAD_NAME)
+    shape = torch.Size((max(rows, stored.shape[0]), stored.shape[1]))
+    return Weight(shape, lambda: enlarged(stored.read(), rows))
 
 
 def find_checkpoint(path: Path) -> Path:

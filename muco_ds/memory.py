@@ -152,7 +152,7 @@ def vocabulary_head(
     """The head by which tokens are predicted, and what is trained of it (`models.head`, `build.build_task`)."""
     text, shared = backbone.text_config, tied(backbone)
     return Head(
-        vocabulary=max(vocabulary, text.vocab_size) if shared else text.vocab_size,
+        vocabulary=max(vocabulary, text.vocab_size),
         hidden=text.hidden_size,
         tied=shared,
         trained=not lora.rank or (shared and lora.train_embeddings == "all"),

@@ -66,6 +66,11 @@ def _stored(files: dict[str, str], name: str) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
+def enlarged(weight_VD: torch.Tensor, rows: int) -> torch.Tensor:
+    """With rows of zeros behind its own: stock models have as many as their table, which new tokens may enlarge."""
+    return torch.cat([weight_VD, weight_VD.new_zeros(max(0, rows - len(weight_VD)), weight_VD.shape[1])])
+
+
 def check_head(path: str) -> None:
     """Does a backbone's folder hold the head that predicts tokens? Raises UserError where it does not."""
     files = dict(tensor_files(path))
@@ -89,5 +94,5 @@ def vocabulary_head(model: PreTrainedModel, path: str, *, trained: bool) -> Voca
             whole: Any = table.base_layer
             return VocabularyHead(whole.weight, table.trained_rows, table.ids_R)
         return VocabularyHead(table.weight)
-    stored_VD = _stored(dict(tensor_files(path)), NAME)
-    return VocabularyHead(nn.Parameter(stored_VD.to(model.dtype), requires_grad=trained))
+    weight_VD = enlarged(_stored(dict(tensor_files(path)), NAME), model.config.text_config.vocab_size)
+    return VocabularyHead(nn.Parameter(weight_VD.to(model.dtype), requires_grad=trained))
