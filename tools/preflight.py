@@ -27,7 +27,7 @@ PARTS = {
     "optimizer": "optimizer, with master weights",
     "gathered": "weights gathered from other ranks",
     "inputs": "pixels, ids, kept vision features",
-    "embeddings": "embeddings, keys or states, with gradients",
+    "embeddings": "embeddings and keys, or states",
     "activations": "activations of the largest pack",
     "logits": "logits of the loss, beyond those",
     "update": "instead of those two, at the update",

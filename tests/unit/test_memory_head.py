@@ -116,6 +116,9 @@ def test_parts_by_hand() -> None:
     assert tied.weights == memory(predicts_tokens=False).weights, "a tied head has no weights of its own"
     assert tied.embeddings == 4000 * 1536 * (2 + 4 + 2) and adapted.embeddings == 4000 * 1536 * (2 + 4)
     assert tied.update == 12 * numel
+    # Where a layer at work needs more than the head at work: the gradient of the table waits beside it.
+    assert memory(activation_checkpointing=True).logits == 2 * numel
+    assert memory(activation_checkpointing=True, lora=adapter, new_tokens=32).logits == 0
     assert vocabulary_head(config, 200_000) == Head(200_000, 1536, tied=True, trained=True, rows=False)
     assert [vocabulary_head(config, 0, lora, 32).rows for lora in rows] == [True, False]
     config.tie_word_embeddings = False
