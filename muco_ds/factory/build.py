@@ -162,9 +162,12 @@ class Build:
             self.failures.add(error, image=name)
             bar.set_postfix(failed=self.failures.total)
             self._failed_in_a_row += error.kind != "picture"
-            if self._failed_in_a_row >= max(LEAST_IN_A_ROW, 2 * self.options.concurrency):
+            limit = max(
+                LEAST_IN_A_ROW, 2 * self.options.concurrency
+            )  # others in work may fail before the run has ended
+            if self._failed_in_a_row >= limit:
                 raise UserError(
-                    f"the endpoint failed {self._failed_in_a_row} pictures in a row, the last: {error.kind}: {error}; "
+                    f"the endpoint failed {limit} pictures in a row, the last: {error.kind}: {error}; "
                     f"{self.done} of {len(self.names)} are done: the same command goes on"
                 ) from error
         else:
