@@ -89,8 +89,11 @@ def compression_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 def unknown_compression_ids(path: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of the compression tokens in a tokenizer, if the backbone in a folder was never compressed."""
+    ours = compression_ids(tokenizer)
+    if not ours:  # most runs: their start need not read a tokenizer again
+        return []
     theirs: Any = AutoTokenizer.from_pretrained(path)
-    return [] if compression_ids(theirs) else compression_ids(tokenizer)
+    return [] if compression_ids(theirs) else ours
 
 
 @torch.no_grad()
