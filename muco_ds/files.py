@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all."""
+"""Files that a program writes: whole or not at all, and others beside them."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"can't write '{path}' ({error.strerror or error})") from error
     finally:
         work.unlink(missing_ok=True)
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The file that goes by the name of `path` and a further ending: `out.parquet.report.json`."""
+    return path.with_name(f"{path.name}.{ending}")

@@ -21,6 +21,7 @@ from muco_ds.factory.output import SUFFIX, WRITE, write_json
 from muco_ds.factory.pictures import find_pictures, picture_url
 from muco_ds.factory.prompts import Prompts
 from muco_ds.factory.workers import run_workers
+from muco_ds.files import beside
 
 LEAST_IN_A_ROW = 10
 """So many pictures in a row, or twice those in work at a time, that the endpoint fails are no accident."""
@@ -60,15 +61,15 @@ class BuildOptions:
 
     @property
     def progress(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.progress.jsonl")
+        return beside(self.output, "progress.jsonl")
 
     @property
     def failed(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.failed.jsonl")
+        return beside(self.output, "failed.jsonl")
 
     @property
     def report(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.report.json")
+        return beside(self.output, "report.json")
 
     def settings(self) -> dict[str, Any]:
         """What a row depends on: one output is made with one of these."""

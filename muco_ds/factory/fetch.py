@@ -22,7 +22,7 @@ from muco_ds.factory.failures import Failures, PictureError
 from muco_ds.factory.output import write_json
 from muco_ds.factory.pictures import SUFFIXES
 from muco_ds.factory.workers import run_workers
-from muco_ds.files import replacing
+from muco_ds.files import beside, replacing
 
 _ROWS_AT_ONCE = 1000
 
@@ -56,11 +56,11 @@ class FetchOptions:
 
     @property
     def failed(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.failed.jsonl")
+        return beside(self.output, "failed.jsonl")
 
     @property
     def report(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.report.json")
+        return beside(self.output, "report.json")
 
 
 def name_of(url: str) -> str:

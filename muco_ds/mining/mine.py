@@ -23,7 +23,7 @@ from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import PackedBatch
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
-from muco_ds.files import replacing
+from muco_ds.files import beside, replacing
 from muco_ds.mining.columns import write_rows
 from muco_ds.mining.corpus import Corpus, Turns
 from muco_ds.mining.search import Asked, Mined, Rule, mine
@@ -48,7 +48,7 @@ class Task:
 
 def report_path(output: Path) -> Path:
     """Where the report about a mined file lies."""
-    return output.with_name(output.name + ".json")
+    return beside(output, "json")
 
 
 def mine_negatives(

@@ -17,7 +17,6 @@ from muco_ds.data.index import Indexer, open_index, target_hash
 from muco_ds.data.readers import IMAGE_MARK, M3TReader, PairReader
 from muco_ds.data.schema import Negative
 from muco_ds.errors import UserError
-from muco_ds.files import replacing
 from muco_ds.mining import mine as mine_module
 from muco_ds.mining.columns import write_rows
 from muco_ds.mining.corpus import Corpus, Turns
@@ -363,8 +362,7 @@ def test_many_rows_are_written_in_parts(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     source = write_parquet(tmp_path / "rows.parquet", [row([[f"q{i}"]], [f"t{i}"]) for i in range(2500)])
     reader = M3TReader(str(source), str(tmp_path / "images"))
-    with replacing(tmp_path / "out.parquet") as path:
-        write_rows(reader, lambda i: [(f"n{i}", "")] * (i % 3), path)
+    write_rows(reader, lambda i: [(f"n{i}", "")] * (i % 3), tmp_path / "out.parquet")
     found = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [entry["pos_text"] for entry in found] == [[f"t{i}"] for i in range(2500)]
     assert [entry["neg_text"] for entry in found] == [[f"n{i}"] * (i % 3) for i in range(2500)]
