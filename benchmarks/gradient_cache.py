@@ -77,10 +77,8 @@ class Side:
 
     def vision(self) -> None:
         """The vision forward of the whole batch and nothing else."""
-        visual = self.trainer.task.embedder.model.visual
-        with torch.no_grad():
-            for pack in self.batch.packs:
-                visual(pack.pixels_PC.to(visual.dtype), grid_thw=pack.grid_thw_I3)
+        for pack in self.batch.packs:
+            self.trainer.task.embedder.features(pack)
 
 
 def measure(folder: Path, checkpointing: bool, packs: int, repeats: int) -> dict:

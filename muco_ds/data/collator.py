@@ -13,7 +13,8 @@ from muco_ds.data.readers import RowError
 from muco_ds.data.schema import QUERY, Conversation, Dialogue, PackedBatch, RowCounts, Side, Turn
 from muco_ds.data.segments import SegmentBuilder
 from muco_ds.data.stages.base import Stage
-from muco_ds.data.templates import ChatTemplate, Grid, Rendered
+from muco_ds.data.templates import ChatTemplate, Rendered
+from muco_ds.data.vision import Grid, VisionLayout
 
 
 class Packer:
@@ -24,9 +25,13 @@ class Packer:
     """
 
     def __init__(
-        self, template: ChatTemplate, images: ImagePipeline, conversations: ConversationTemplate | None = None
+        self,
+        template: ChatTemplate,
+        images: ImagePipeline,
+        vision: VisionLayout,
+        conversations: ConversationTemplate | None = None,
     ) -> None:
-        self.template, self.images, self.conversations = template, images, conversations
+        self.template, self.images, self.vision, self.conversations = template, images, vision, conversations
         self._placeholder = images.placeholder()
 
     def pack(self, sides: list[Side], *, replace_broken: bool) -> PackedBatch:
@@ -87,18 +92,26 @@ class Packer:
 
     def _finish(self, row: _Row) -> PackedBatch:
         pictures = row.pictures or [self._placeholder]
+        grids = [picture.grid for picture in pictures]
+        ids_T, segments, span = np.concatenate(row.tokens), row.segments.build(), len(self.template.pooled_ids)
+        emb_index_E = np.array([i for kind in row.pooled for i in kind], np.int64)
+        rows_Q = emb_index_E if row.labels else (emb_index_E[:, None] + np.arange(1 - span, 1)).reshape(-1)
         return PackedBatch(
-            input_ids_T=torch.from_numpy(np.concatenate(row.tokens)),
+            input_ids_T=torch.from_numpy(ids_T),
             position_ids_41T=torch.from_numpy(np.concatenate(row.positions, axis=1))[:, None],
-            segments=row.segments.build(),
+            segments=segments,
             pixels_PC=torch.from_numpy(np.concatenate([picture.pixels_PC for picture in pictures])),
-            grid_thw_I3=torch.tensor([picture.grid for picture in pictures]),
+            grid_thw_I3=torch.tensor(grids),
+            vision=self.vision.inputs(grids),
             has_images=bool(row.pictures),
-            emb_index_E=torch.tensor([i for kind in row.pooled for i in kind]),
+            image_rows_N=torch.from_numpy(np.flatnonzero(ids_T == self.template.image_pad)),
+            read_rows_Q=torch.from_numpy(rows_Q),
+            read_segments=segments.of_rows(rows_Q),
+            emb_index_E=torch.from_numpy(emb_index_E),
             ids_E3=torch.from_numpy(np.concatenate([ids for kind in row.ids for ids in kind])),
             counts=RowCounts(*(len(kind) for kind in row.pooled)),
             replaced_images=row.replaced,
-            span=len(self.template.pooled_ids),
+            span=span,
             labels_E=torch.from_numpy(np.concatenate(row.labels)) if row.labels else None,
         )
 

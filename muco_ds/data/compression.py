@@ -16,7 +16,8 @@ import numpy as np
 
 from muco_ds.config_task import Seen
 from muco_ds.data.segments import Segment, causal
-from muco_ds.data.templates import END, ChatTemplate, Grid, Rendered, Writer
+from muco_ds.data.templates import END, ChatTemplate, Rendered, Writer
+from muco_ds.data.vision import Grid
 
 
 class ConversationTemplate:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from muco_ds.data.segments import SegmentPlan
+from muco_ds.data.vision import VisionInputs
 
 ImageRef = str | Image.Image
 """A picture by its path, or already decoded."""
@@ -142,7 +143,9 @@ class PackedBatch:
     """One pack: every dialogue of its examples, all sides, in one row without padding.
 
     `emb_index_E` lists the rows to pool: all query turns first, then all targets, then all negatives (`counts`).
-    Where a turn is read through several tokens, that is the last of its `span` rows.
+    Where a turn is read through several tokens, that is the last of its `span` rows. `read_rows_Q` lists all of these
+    rows, turn by turn in the same order, and `read_segments` what they attend to: the last text layer is asked for them
+    alone. A pack from which nothing is pooled reads some row all the same.
     `ids_E3` holds image_id, pair_id and target_hash of each pooled row. A pack without pictures carries one dummy
     picture (`has_images` False) so that the vision tower runs exactly once on every rank.
 
@@ -154,7 +157,11 @@ class PackedBatch:
     segments: SegmentPlan
     pixels_PC: torch.Tensor  # float32
     grid_thw_I3: torch.Tensor  # int64
+    vision: VisionInputs
     has_images: bool
+    image_rows_N: torch.Tensor  # int64: where a picture's tokens stand
+    read_rows_Q: torch.Tensor  # int64
+    read_segments: SegmentPlan
     emb_index_E: torch.Tensor  # int64
     ids_E3: torch.Tensor  # int64
     counts: RowCounts
@@ -174,7 +181,9 @@ class PackedBatch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), torch.Tensor)
         }
-        return replace(self, segments=self.segments.map(function), **moved)
+        for name in ("segments", "read_segments", "vision"):
+            moved[name] = getattr(self, name).map(function)
+        return replace(self, **moved)
 
     @property
     def tokens(self) -> int:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from muco_ds.data.schema import Turn
 from muco_ds.data.segments import Segment, causal, isolated
+from muco_ds.data.vision import Grid
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 """The system text of the Qwen2-VL chat template."""
@@ -31,10 +32,6 @@ MASK = "<|mask|>"
 COMPRESSION_TOKEN = "<|ctoken_pad_{}|>"
 """Compression token number so and so, by the name that CoMa's released code gives it."""
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-
-
-Grid = tuple[int, int, int]
-"""A picture's patches: times, rows, columns."""
 
 
 @dataclass(frozen=True)

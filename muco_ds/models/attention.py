@@ -1,12 +1,14 @@
-"""Segment attention for the text tower: one function, several backends, registered with transformers.
+"""Segment attention for both towers: one function, several backends, registered with transformers.
 
-Shape suffixes: T rows of the pack, H query heads, G key/value heads, d head dimension, J gathered rows, n segments of
-a group, q / k their padded lengths.
+Shape suffixes: T rows of the pack (or patches of its pictures), Q those that ask, H query heads, G key/value heads,
+d head dimension, J gathered rows, n segments of a group, q / k their padded lengths.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -26,35 +28,34 @@ BACKENDS = {
 }
 """Config value -> registered name. transformers treats any name that contains "flash" as a hub kernel to download."""
 
+VISION = "muco_vision"
+"""Registered name of the vision tower's attention, which takes the best backend."""
+
 _GROUP_ROUNDING = 16  # padded lengths are multiples of this: few groups, little padding
 
 
 def segment_attention(
-    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float, backend: str
+    q_QHd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float, backend: str
 ) -> torch.Tensor:
-    """Attention of every row to what its segment may see.
+    """Attention of every query row to what its segment may see.
 
     Args:
-        q_THd, k_TGd, v_TGd: any float dtype for "sdpa" and "dense"; fp16 or bf16 on CUDA for the other backends.
+        q_QHd, k_TGd, v_TGd: any float dtype for "sdpa" and "dense"; fp16 or bf16 on CUDA for the other backends.
         backend: a key of BACKENDS; "auto" takes flash_attn, else torch's varlen_attn, else grouped SDPA.
     Returns:
-        [T, H, d] in the dtype of q.
+        [Q, H, d] in the dtype of q.
     """
     if backend == "auto":
-        backend = _best_backend(q_THd.device.type, q_THd.dtype)
-    return _FUNCTIONS[backend](q_THd, k_TGd, v_TGd, plan, scale)
+        backend = _best_backend(q_QHd.device.type, q_QHd.dtype)
+    return _FUNCTIONS[backend](q_QHd, k_TGd, v_TGd, plan, scale)
 
 
 @cache
 def _best_backend(device: str, dtype: torch.dtype) -> str:
     if device != "cuda" or dtype == torch.float32:
         return "sdpa"
-    try:
-        import flash_attn  # noqa: F401
-
+    if flash_function(torch.cuda.get_device_capability()[0]) is not None:
         return "flash_attn"
-    except ImportError:
-        pass
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401
 
@@ -63,68 +64,108 @@ def _best_backend(device: str, dtype: torch.dtype) -> str:
         return "sdpa"
 
 
+_FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+
+
+@cache
+def flash_function(capability: int) -> Callable[..., Any] | None:
+    """`flash_attn_varlen_func` of the best installed FlashAttention for a GPU of that major compute capability.
+
+    Three is for Hopper (9) alone, four for it and its successors; all three name their arguments alike.
+    """
+    preferred = {9: (3, 4, 2)}.get(capability, (4, 2) if capability > 9 else (2,))
+    for version in preferred:
+        try:
+            # The package of version 4 alone leaves a `flash_attn` without the function of version 2.
+            return importlib.import_module(_FLASH_MODULES[version]).flash_attn_varlen_func
+        except (ImportError, AttributeError):
+            continue
+    return None
+
+
 def _gathered(x_TGd: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
     return x_TGd if plan.kv_index_J is None else x_TGd.index_select(0, plan.kv_index_J)
 
 
 def _flash_attn(
-    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+    q_QHd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    k_JGd, v_JGd = _gathered(k_TGd, plan), _gathered(v_TGd, plan)
-    return flash_attn_varlen_func(
-        q_THd, k_JGd, v_JGd, plan.cu_q_S1, plan.cu_k_S1, plan.max_q, plan.max_k, softmax_scale=scale, causal=True
+    function = flash_function(torch.cuda.get_device_capability()[0])
+    assert function is not None, "model.attention=flash_attn: install flash-attn"
+    out = function(
+        q_QHd,
+        _gathered(k_TGd, plan),
+        _gathered(v_TGd, plan),
+        cu_seqlens_q=plan.cu_q_S1,
+        cu_seqlens_k=plan.cu_k_S1,
+        max_seqlen_q=plan.max_q,
+        max_seqlen_k=plan.max_k,
+        softmax_scale=scale,
+        causal=plan.causal,
     )
+    return out[0] if isinstance(out, tuple) else out  # version 4 adds the log-sum-exp
 
 
 def _varlen(
-    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+    q_QHd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    k_JGd, v_JGd = _gathered(k_TGd, plan), _gathered(v_TGd, plan)
-    parameters = inspect.signature(varlen_attn).parameters
+    k_JGd, v_JGd, parameters = _gathered(k_TGd, plan), _gathered(v_TGd, plan), _varlen_parameters()
     # The signature changed between torch 2.10 (is_causal, no scale, no GQA) and 2.12 (window_size, scale, enable_gqa).
-    options: dict[str, Any] = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    options: dict[str, Any] = {"window_size": (-1, 0) if plan.causal else (-1, -1)}
+    if "is_causal" in parameters:
+        options = {"is_causal": plan.causal}
     if "scale" in parameters:
         options["scale"] = scale
     else:
-        q_THd = q_THd * (scale * q_THd.shape[-1] ** 0.5)
+        q_QHd = q_QHd * (scale * q_QHd.shape[-1] ** 0.5)
     if "enable_gqa" in parameters:
         options["enable_gqa"] = True
     else:
-        repeats = q_THd.shape[1] // k_JGd.shape[1]
+        repeats = q_QHd.shape[1] // k_JGd.shape[1]
         k_JGd, v_JGd = k_JGd.repeat_interleave(repeats, 1), v_JGd.repeat_interleave(repeats, 1)
-    out = varlen_attn(q_THd, k_JGd, v_JGd, plan.cu_q_S1, plan.cu_k_S1, plan.max_q, plan.max_k, **options)
+    out = varlen_attn(q_QHd, k_JGd, v_JGd, plan.cu_q_S1, plan.cu_k_S1, plan.max_q, plan.max_k, **options)
     assert isinstance(out, torch.Tensor)
     return out
 
 
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def _sdpa(
-    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+    q_QHd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
 ) -> torch.Tensor:
-    groups, inverse_T = _sdpa_groups(plan, q_THd.device)
-    repeats = q_THd.shape[1] // k_TGd.shape[1]
+    groups, inverse_Q = _sdpa_groups(plan, q_QHd.device)
+    repeats = q_QHd.shape[1] // k_TGd.shape[1]
     # Heads are repeated before the gather: SDPA's own enable_gqa falls back to the unfused kernel on a CPU.
-    k_THd, v_THd = k_TGd.repeat_interleave(repeats, 1), v_TGd.repeat_interleave(repeats, 1)
+    k_THd, v_THd = (x_TGd.repeat_interleave(repeats, 1) if repeats > 1 else x_TGd for x_TGd in (k_TGd, v_TGd))
     outs = []
-    for q_rows_nq, k_rows_nk, mask_n1qk in groups:
-        q, k, v = (x[rows].transpose(1, 2) for x, rows in ((q_THd, q_rows_nq), (k_THd, k_rows_nk), (v_THd, k_rows_nk)))
-        out_nHqd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_n1qk, scale=scale)
+    for q_rows_nq, k_rows_nk, mask_n1qk, is_causal in groups:
+        q, k, v = (x[rows].transpose(1, 2) for x, rows in ((q_QHd, q_rows_nq), (k_THd, k_rows_nk), (v_THd, k_rows_nk)))
+        out_nHqd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_n1qk, is_causal=is_causal, scale=scale)
         outs.append(out_nHqd.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).index_select(0, inverse_T)
+    return torch.cat(outs).index_select(0, inverse_Q)
 
 
-def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
-    """Segments of similar shape as padded batches, computed once per plan: [(q rows, k rows, mask)], and where each
-    row's output lies in the concatenation of the batches."""
+Group = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]
+"""Query rows [n, q], key rows [n, k], mask [n, 1, q, k] or None, and whether it is the plain causal one."""
+
+
+def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[Group], torch.Tensor]:
+    """Segments of similar shape as padded batches, computed once per plan, and where each row's output lies in the
+    concatenation of the batches."""
     if "sdpa" in plan.cache:
         return plan.cache["sdpa"]
     cu_q, cu_k = plan.cu_q_S1.cpu().numpy().astype(np.int64), plan.cu_k_S1.cpu().numpy().astype(np.int64)
     len_q, len_k = np.diff(cu_q), np.diff(cu_k)
-    kv_index = np.arange(cu_q[-1]) if plan.kv_index_J is None else plan.kv_index_J.cpu().numpy()
-    padded = np.stack([-(-len_q // _GROUP_ROUNDING), -(-len_k // _GROUP_ROUNDING)], 1) * _GROUP_ROUNDING
+    kv_index = np.arange(cu_k[-1]) if plan.kv_index_J is None else plan.kv_index_J.cpu().numpy()
+    rounding = _GROUP_ROUNDING if plan.causal else 1  # unpadded, segments that see all of themselves need no mask
+    padded = np.stack([-(-len_q // rounding), -(-len_k // rounding)], 1) * rounding
     shapes, owner = np.unique(padded, axis=0, return_inverse=True)
     groups, inverse, offset = [], np.empty(cu_q[-1], np.int64), 0
     for g in range(len(shapes)):
@@ -136,23 +177,28 @@ def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[tuple[to
         q_rows = cu_q[members, None] + np.minimum(q_pos, len_q[members, None] - 1)
         k_rows = kv_index[cu_k[members, None] + np.minimum(k_pos, len_k[members, None] - 1)]
         shift = (len_k - len_q)[members, None, None]  # bottom right: row i sees keys up to i + shift
-        mask = (k_pos[None, None, :] <= q_pos[None, :, None] + shift) & (k_pos < len_k[members, None])[:, None, :]
+        is_causal = plan.causal and not shift.any()  # padding lies behind what a row sees
+        mask_n1qk = None
+        if plan.causal and not is_causal:
+            mask = (k_pos[None, None, :] <= q_pos[None, :, None] + shift) & (k_pos < len_k[members, None])[:, None, :]
+            mask_n1qk = torch.from_numpy(mask[:, None]).to(device)
         inverse[q_rows[q_real]] = offset + np.flatnonzero(q_real.reshape(-1))
         offset += q_rows.size
-        groups.append(tuple(torch.from_numpy(x).to(device) for x in (q_rows, k_rows, mask[:, None])))
+        rows = (torch.from_numpy(x).to(device) for x in (q_rows, k_rows))
+        groups.append((*rows, mask_n1qk, is_causal))
     plan.cache["sdpa"] = groups, torch.from_numpy(inverse).to(device)
     return plan.cache["sdpa"]
 
 
 def _dense(
-    q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
+    q_QHd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
 ) -> torch.Tensor:
     """The plain twin: one mask over everything, softmax written out. Quadratic; for tests."""
-    repeats = q_THd.shape[1] // k_TGd.shape[1]
+    repeats = q_QHd.shape[1] // k_TGd.shape[1]
     k_THd, v_THd = k_TGd.repeat_interleave(repeats, 1), v_TGd.repeat_interleave(repeats, 1)
-    scores_HTT = torch.einsum("qhd,khd->hqk", q_THd, k_THd) * scale
-    scores_HTT = scores_HTT.masked_fill(~plan.dense_mask().to(q_THd.device), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores_HTT.softmax(-1), v_THd)
+    scores_HQT = torch.einsum("qhd,khd->hqk", q_QHd, k_THd) * scale
+    scores_HQT = scores_HQT.masked_fill(~plan.dense_mask(len(k_TGd)).to(q_QHd.device), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores_HQT.softmax(-1), v_THd)
 
 
 _FUNCTIONS = {"flash_attn": _flash_attn, "varlen": _varlen, "sdpa": _sdpa, "dense": _dense}
@@ -162,12 +208,13 @@ def register_attention() -> None:
     """Make the backends known to transformers' AttentionInterface; the stock models then call them."""
     for backend, name in BACKENDS.items():
         AttentionInterface.register(name, _interface(backend))
+    AttentionInterface.register(VISION, _vision)
 
 
 def _interface(backend: str) -> Any:
     def attention(
         module: torch.nn.Module,
-        query: torch.Tensor,  # [1, H, T, d]
+        query: torch.Tensor,  # [1, H, Q, d]
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -182,3 +229,32 @@ def _interface(backend: str) -> Any:
         return segment_attention(q, k, v, segments, scaling, backend)[None], None
 
     return attention
+
+
+def _vision(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, H, P, d], all pictures
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    pictures: SegmentPlan,
+    windows: SegmentPlan | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """`windows`: what a layer that `mark_windows` marked attends within, instead of the whole picture."""
+    plan = windows if getattr(module, _WINDOWED, False) else pictures
+    assert plan is not None and attention_mask is None and query.shape[0] == 1
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return segment_attention(q, k, v, plan, scaling, "auto")[None], None
+
+
+_WINDOWED = "muco_windowed"
+
+
+def mark_windows(visual: Any) -> None:
+    """Let the attention of a vision tower know in which of its layers it is confined to windows (Qwen2.5-VL)."""
+    whole = getattr(visual, "fullatt_block_indexes", None)
+    for i, block in enumerate(visual.blocks):
+        setattr(block.attn, _WINDOWED, whole is not None and i not in whole)

@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from muco_ds.data.templates import COMPRESSION_TOKEN, MASK
 from muco_ds.errors import UserError
 from muco_ds.families import FAMILIES
-from muco_ds.models.attention import BACKENDS, register_attention
+from muco_ds.models.attention import BACKENDS, VISION, mark_windows, register_attention
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
     config = load_config(path)
     register_attention()
     text_attention = BACKENDS[attention]
-    implementation = {"": text_attention, "text_config": text_attention, "vision_config": _vision_attention(dtype)}
+    implementation = {"": text_attention, "text_config": text_attention, "vision_config": VISION}
     try:
         model = FAMILIES[config.model_type].model.from_pretrained(
             path,
@@ -146,22 +146,12 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
         raise UserError(f"model.path: '{path}' does not load: {str(error).splitlines()[0]}") from error
     verify_weights(model, path)
     check_rotary_tables(model)
+    mark_windows(model.visual)
     rows = config.text_config.vocab_size
     if vocabulary > rows:
         log.warning("vocabulary: %d rows enlarged to %d for the new tokens", rows, vocabulary)
         model.resize_token_embeddings(vocabulary)
     return model
-
-
-def _vision_attention(dtype: torch.dtype) -> str:
-    if dtype == torch.float32 or not torch.cuda.is_available():  # flash-attn computes in 16 bits only
-        return "sdpa"
-    try:
-        import flash_attn  # noqa: F401
-
-        return "flash_attention_2"
-    except ImportError:
-        return "sdpa"
 
 
 def verify_weights(model: PreTrainedModel, path: str) -> None:

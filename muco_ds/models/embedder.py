@@ -22,10 +22,12 @@ from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.collator import Packer
 from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
 from muco_ds.errors import UserError
+from muco_ds.families import vision_shape
 from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, read_settings
+from muco_ds.models.last_layer import LastLayer
 from muco_ds.ops import pool_normalize
 
 log = logging.getLogger(__name__)
@@ -35,14 +37,16 @@ Item = str | Image.Image | Mapping[str, Any]
 
 
 class PoolingNorm(nn.Module):
-    """Takes the place of the text tower's final norm: works on E rows instead of T, and pools them.
+    """Takes the place of the text tower's final norm: works on the rows that are read, and pools them.
 
-    It keeps the norm's own weight under the norm's own name, so checkpoints are those of the stock model, and because
-    the weight is used in the forward of the module that owns it, ZeRO-3 gathers it there.
+    Behind a `LastLayer` these are all it is given, else it takes them out of the whole row. It keeps the norm's own
+    weight under the norm's own name, so checkpoints are those of the stock model, and because the weight is used in the
+    forward of the module that owns it, ZeRO-3 gathers it there.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, *, takes_rows: bool) -> None:
         super().__init__()
+        self._takes_rows = takes_rows
         self.weight: torch.Tensor = norm.weight  # type: ignore[assignment]
         self.variance_epsilon: float = norm.variance_epsilon  # type: ignore[assignment]
         self._stock = type(norm).forward
@@ -57,12 +61,16 @@ class PoolingNorm(nn.Module):
         finally:
             self._pack = None
 
-    def forward(self, hidden_1TD: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_1ND: torch.Tensor) -> torch.Tensor:
         assert self._pack is not None, "call inside `reading(pack)`"
-        pack, hidden_TD = self._pack, hidden_1TD[0]
+        pack, hidden_ND, span = self._pack, hidden_1ND[0], self._pack.span
+        index_E = pack.emb_index_E
+        if not self._takes_rows:
+            span = 1 if pack.labels_E is not None else span
+            index_E = torch.arange(span - 1, len(index_E) * span, span, device=index_E.device)
         if pack.labels_E is not None:
-            return self._stock(self, hidden_TD.index_select(0, pack.emb_index_E))
-        return pool_normalize(hidden_TD, pack.emb_index_E, self.weight, self.variance_epsilon, span=pack.span)
+            return self._stock(self, hidden_ND.index_select(0, index_E))
+        return pool_normalize(hidden_ND, index_E, self.weight, self.variance_epsilon, span=span)
 
 
 KEPT_ON_DEVICE = 2 * 2**30
@@ -129,7 +137,12 @@ class Embedder(nn.Module):
         self.packer: Packer | None = None  # set where the model is used to encode
         self.sizes: list[int] = [model.config.text_config.hidden_size]  # trained ones, ascending, the whole last
         text = self.model.language_model
-        text.norm = PoolingNorm(text.norm)
+        # Qwen3-VL adds vision features behind its first layers; behind a `LastLayer` there are no rows to add them to.
+        whole = len(text.layers) <= vision_shape(model.config).deep
+        if not whole:
+            text.layers[-1] = LastLayer(text.layers[-1])
+        text.norm = PoolingNorm(text.norm, takes_rows=whole)
+        text._deepstack_process = _add_at_rows
         if freeze_vision:
             self.model.visual.requires_grad_(False)
 
@@ -200,28 +213,40 @@ class Embedder(nn.Module):
                 second.
         """
         text = self.model.language_model
-        image_1T = (batch.input_ids_T == self.model.config.image_token_id)[None]
-        features_ND, *deep = self._vision(batch, kept)
-        inputs_1TD = text.embed_tokens(batch.input_ids_T)[None]
-        inputs_1TD = inputs_1TD.masked_scatter(image_1T[..., None], features_ND.to(inputs_1TD.dtype))
-        deepstack = {"visual_pos_masks": image_1T, "deepstack_visual_embeds": deep} if deep else {}
+        features_ND, *deep = self.features(batch, kept)
+        inputs_TD = text.embed_tokens(batch.input_ids_T)
+        # By index: what goes by a mask has to wait until the device has counted it.
+        inputs_TD = inputs_TD.index_copy(0, batch.image_rows_N, features_ND.to(inputs_TD.dtype))
+        deepstack = {"visual_pos_masks": batch.image_rows_N, "deepstack_visual_embeds": deep} if deep else {}
         with text.norm.reading(batch):
             out = text(
-                inputs_embeds=inputs_1TD,
+                inputs_embeds=inputs_TD[None],
                 position_ids=batch.position_ids_41T,
                 attention_mask=None,  # attention that has no mask function gets none built: `segments` says it all
                 use_cache=False,
                 segments=batch.segments,
+                read_rows=batch.read_rows_Q,
+                read_segments=batch.read_segments,
                 **deepstack,
             )
         return out.last_hidden_state
 
-    def _vision(self, batch: PackedBatch, kept: KeptVision | None) -> Features:
+    def features(self, batch: PackedBatch, kept: KeptVision | None = None) -> Features:
+        """What the vision tower makes of the pictures of a pack; `kept` as in `forward`."""
         features = None if kept is None else kept.get(batch.input_ids_T.device)
         if features is None:
-            visual = self.model.visual
+            visual, vision = self.model.visual, batch.vision
+            # One stretch, by CPU tensors: the stock tower then calls our attention once a layer and waits for nothing.
+            together = torch.tensor([0, len(batch.pixels_PC)], dtype=torch.int32)
             with torch.no_grad() if self.freeze_vision else nullcontext():
-                out = visual(batch.pixels_PC.to(visual.dtype), grid_thw=batch.grid_thw_I3)
+                out = visual(
+                    batch.pixels_PC.to(visual.dtype),
+                    grid_thw=batch.grid_thw_I3,
+                    cu_seqlens=together,
+                    pictures=vision.pictures,
+                    **({} if vision.windows is None else {"cu_window_seqlens": together, "windows": vision.windows}),
+                    **vision.given,
+                )
             features = (out.pooler_output, *getattr(out, "deepstack_features", ()))
             if kept is not None and self.freeze_vision:
                 kept.put(features)
@@ -230,6 +255,11 @@ class Embedder(nn.Module):
         # The dummy picture keeps ranks in step (ZeRO-3 gathers, gradient reductions) and must change nothing: none of
         # its rows is used, and yet the output of every merger stays in the graph.
         return tuple(features_ND[:0] for features_ND in features)
+
+
+def _add_at_rows(hidden_1TD: torch.Tensor, rows_N: torch.Tensor, features_ND: torch.Tensor) -> torch.Tensor:
+    """What Qwen3-VL does behind its first layers, with the pictures' rows by index."""
+    return hidden_1TD.index_add(1, rows_N, features_ND.to(hidden_1TD.dtype)[None])
 
 
 def _dialogue(position: int, item: Item) -> Dialogue:

@@ -19,8 +19,9 @@ from muco_ds.config_matryoshka import check_sizes, sizes_of
 from muco_ds.data.collator import Packer
 from muco_ds.data.images import ImageLimits, ImagePipeline
 from muco_ds.data.templates import ChatTemplate
+from muco_ds.data.vision import VisionLayout
 from muco_ds.errors import UserError
-from muco_ds.models.backbones import load_image_processor, load_tokenizer
+from muco_ds.models.backbones import load_config, load_image_processor, load_tokenizer
 
 SETTINGS_FILE = "muco_ds.json"
 
@@ -67,12 +68,13 @@ class Processing:
     tokenizer: PreTrainedTokenizerFast
     image_processor: Qwen2VLImageProcessorPil
     settings: Settings
+    vision: VisionLayout
 
     @classmethod
     def load(cls, path: str, settings: Settings, *, masks: bool = False) -> Processing:
         """From a backbone folder (new tokens are added, see `load_tokenizer`) or from one of our own."""
         tokenizer = load_tokenizer(path, settings.pool_token, masks=masks, compression=settings.compression_tokens)
-        return cls(tokenizer, load_image_processor(path), settings)
+        return cls(tokenizer, load_image_processor(path), settings, VisionLayout(load_config(path)))
 
     def packer(self) -> Packer:
         settings = self.settings
@@ -82,7 +84,7 @@ class Processing:
             compression_tokens=settings.compression_tokens,
             template=settings.template,
         )
-        return Packer(template, ImagePipeline(self.image_processor, settings.limits))
+        return Packer(template, ImagePipeline(self.image_processor, settings.limits), self.vision)
 
     def save(self, path: Path, config: PretrainedConfig) -> None:
         """Write everything but the weights."""

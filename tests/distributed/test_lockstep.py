@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from muco_ds.data.schema import PackedBatch, RowCounts, StepBatch
-from muco_ds.data.segments import SegmentBuilder, causal
+from muco_ds.data.segments import SegmentBuilder, causal, separate
+from muco_ds.data.vision import VisionInputs
 from muco_ds.distributed.lockstep import Lockstep
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.errors import UserError
@@ -25,9 +26,24 @@ def batch(step: int, rank: int) -> StepBatch:
     """What a rank of three holds, as far as the exchange reads it."""
     segments = SegmentBuilder()
     segments.add(causal(1))
-    empty = torch.empty(0)
+    empty, none = torch.empty(0), separate([1])
     counts = [RowCounts(ROWS[rank].queries - 1, ROWS[rank].targets - 1), RowCounts(1, 1)]
-    packs = [PackedBatch(empty, empty, segments.build(), empty, empty, False, empty, empty, c) for c in counts]
+    rows = {"segments": segments.build(), "read_segments": none, "read_rows_Q": empty, "image_rows_N": empty}
+    packs = [
+        PackedBatch(
+            input_ids_T=empty,
+            position_ids_41T=empty,
+            pixels_PC=empty,
+            grid_thw_I3=empty,
+            vision=VisionInputs({}, none),
+            has_images=False,
+            emb_index_E=empty,
+            ids_E3=empty,
+            counts=c,
+            **rows,
+        )
+        for c in counts
+    ]
     return StepBatch(step, 0, packs, plan_digest=77, rows_per_rank=ROWS, samples=empty.numpy(), images=3, pairs=7)
 
 
