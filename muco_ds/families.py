@@ -40,9 +40,18 @@ class TextShape:
         attention = [(self.hidden, self.queries), *[(self.hidden, self.keys)] * 2, (self.queries, self.hidden)]
         return [*attention, *[(self.hidden, self.inner)] * 2, (self.inner, self.hidden)]
 
+    @property
+    def key_linears(self) -> list[tuple[int, int]]:
+        """Those of `linears` that make keys and values."""
+        return self.linears[1:3]
+
     def adapted(self, targets: str) -> list[tuple[int, int]]:
         """Those of `linears` that `model.lora.targets` names."""
         return {"tokens": [], "attention": self.linears[:4]}.get(targets, self.linears)
+
+    def adapted_keys(self, targets: str) -> list[tuple[int, int]]:
+        """Those of `key_linears` that `model.lora.targets` names."""
+        return [] if targets == "tokens" else self.key_linears
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,12 @@ def text_shape(config: PretrainedConfig) -> TextShape:
 def vision_shape(config: PretrainedConfig) -> VisionShape:
     """Sizes of the vision tower of a backbone's configuration."""
     return FAMILIES[config.model_type].vision(config)
+
+
+def reads_last_layer(config: PretrainedConfig) -> bool:
+    """Whether the last text layer may be asked for some rows alone (`models.last_layer`): not where vision features are
+    added behind it."""
+    return text_shape(config).layers > vision_shape(config).deep
 
 
 def _qwen2_vl(config: PretrainedConfig) -> VisionShape:

@@ -2,7 +2,8 @@
 
 Counted: matrix products of the vision tower, its mergers and the text layers, and attention over the pairs that are
 really attended (causal halves it), and the vocabulary head on the rows that it predicts from. Not counted: the
-embedding table, recomputation, DoRA's lengths of rows.
+embedding table, recomputation, DoRA's lengths of rows, what the last text layer is spared (`models.last_layer`), and
+its attention, which few rows ask for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from muco_ds.config_lora import LoraOptions
-from muco_ds.families import VisionShape, text_shape, vision_shape
+from muco_ds.families import VisionShape, reads_last_layer, text_shape, vision_shape
 
 PEAK_BF16_FLOPS = {
     # Dense bf16 with fp32 accumulation, from NVIDIA's data sheets of each product.
@@ -34,7 +35,8 @@ PEAK_BF16_FLOPS = {
 class FlopsModel:
     """Forward FLOPs: linear and attention coefficients of the two towers, and those of their adapters.
 
-    `adapter`: beside it, no linear layer's own weight is trained.
+    `adapter`: beside it, no linear layer's own weight is trained. `per_unread`: what the last text layer is spared for
+    a row that is not read.
     """
 
     per_token: float
@@ -47,6 +49,8 @@ class FlopsModel:
     adapter_per_patch: float = 0.0
     per_predicted: float = 0.0
     train_head: bool = False
+    per_unread: float = 0.0
+    adapter_per_unread: float = 0.0
 
     @classmethod
     def from_config(
@@ -56,9 +60,10 @@ class FlopsModel:
         rank, targets = (0, "text") if lora is None else (lora.rank, lora.targets)
         text, vision = text_shape(config), vision_shape(config)
         per_patch, per_patch_pair = _vision(vision)
+        reads = reads_last_layer(config)
         return cls(
             per_token=2.0 * _weights(text.linears) * text.layers,
-            per_token_pair=4.0 * text.queries * text.layers,
+            per_token_pair=4.0 * text.queries * (text.layers - reads),
             per_patch=per_patch,
             per_patch_pair=per_patch_pair,
             train_vision=train_vision,
@@ -67,17 +72,22 @@ class FlopsModel:
             adapter_per_patch=2.0 * rank * _vision_ends(vision) if train_vision else 0.0,
             per_predicted=2.0 * text.hidden * config.text_config.vocab_size,
             train_head=train_head,
+            per_unread=2.0 * reads * (_weights(text.linears) - _weights(text.key_linears)),
+            adapter_per_unread=2.0 * reads * rank * (_ends(text.adapted(targets)) - _ends(text.adapted_keys(targets))),
         )
 
-    def training(self, tokens, token_pairs, patches, patch_pairs, predicted=0):  # type: ignore[no-untyped-def]
+    def training(self, tokens, token_pairs, patches, patch_pairs, predicted=0, read=None):  # type: ignore[no-untyped-def]
         """FLOPs of forward and backward; numbers or arrays.
 
         A frozen vision tower has no backward. Beside an adapter a linear layer has no gradient of its weight.
-        `predicted`: tokens that the vocabulary head predicts.
+        `predicted`: tokens that the vocabulary head predicts; `read`: those that the last layer is asked for, default
+        all.
         """
         linear = 2.0 if self.adapter else 3.0
+        unread = 0 if read is None else tokens - read
         text = linear * self.per_token * tokens + 3.0 * self.per_token_pair * token_pairs
         text = text + 3.0 * self.adapter_per_token * tokens
+        text = text - (linear * self.per_unread + 3.0 * self.adapter_per_unread) * unread
         text = text + (3.0 if self.train_head else 2.0) * self.per_predicted * predicted
         if not self.train_vision:
             return text + self.per_patch * patches + self.per_patch_pair * patch_pairs

@@ -112,7 +112,12 @@ class Plan:
         """Tokens, patches and training FLOPs of examples with their pass's draws, in a step."""
         sizes = self.stage.sizes(samples_B, passes_B, step)
         flops_B = self.flops.training(
-            sizes.tokens_B, sizes.attention_B, sizes.patches_B, sizes.patches_squared_B, sizes.predicted_B
+            sizes.tokens_B,
+            sizes.attention_B,
+            sizes.patches_B,
+            sizes.patches_squared_B,
+            predicted=sizes.predicted_B,
+            read=sizes.read_B,
         )
         attended_B = sizes.tokens_B + sizes.repeated_B
         return Costs(

@@ -22,7 +22,7 @@ from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.collator import Packer
 from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
 from muco_ds.errors import UserError
-from muco_ds.families import vision_shape
+from muco_ds.families import reads_last_layer
 from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.encode import encode_dialogues
@@ -137,11 +137,9 @@ class Embedder(nn.Module):
         self.packer: Packer | None = None  # set where the model is used to encode
         self.sizes: list[int] = [model.config.text_config.hidden_size]  # trained ones, ascending, the whole last
         text = self.model.language_model
-        # Qwen3-VL adds vision features behind its first layers; behind a `LastLayer` there are no rows to add them to.
-        whole = len(text.layers) <= vision_shape(model.config).deep
-        if not whole:
+        if reads := reads_last_layer(model.config):
             text.layers[-1] = LastLayer(text.layers[-1])
-        text.norm = PoolingNorm(text.norm, takes_rows=whole)
+        text.norm = PoolingNorm(text.norm, takes_rows=not reads)
         text._deepstack_process = _add_at_rows
         if freeze_vision:
             self.model.visual.requires_grad_(False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from muco_ds.data.segments import SegmentBuilder, SegmentPlan, causal, isolated
-from muco_ds.models.attention import segment_attention
+from muco_ds.data.segments import SegmentBuilder, SegmentPlan, causal, isolated, separate
+from muco_ds.models.attention import flash_function, segment_attention
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -26,17 +29,33 @@ def random_plan(seed: int, dialogues: int = 6) -> SegmentPlan:
     return builder.build()
 
 
-def inputs(plan: SegmentPlan, seed: int) -> list[torch.Tensor]:
+def inputs(plan: SegmentPlan, seed: int, keys: int | None = None) -> list[torch.Tensor]:
+    """q, k and v; `keys`: rows of k and v, default: as many as of q."""
     generator = torch.Generator().manual_seed(seed)
     rows = int(plan.cu_q_S1[-1])
-    shapes = ((rows, HEADS, DIM), (rows, KV_HEADS, DIM), (rows, KV_HEADS, DIM))
+    keys = rows if keys is None else keys
+    shapes = ((rows, HEADS, DIM), (keys, KV_HEADS, DIM), (keys, KV_HEADS, DIM))
     return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_grouped_sdpa_equals_the_dense_twin(seed: int) -> None:
+def random_plans(seed: int) -> dict[str, tuple[SegmentPlan, int]]:
+    """Of each kind one, and the key rows it is about."""
     plan = random_plan(seed)
-    q, k, v = inputs(plan, seed)
+    rows = int(plan.cu_q_S1[-1])
+    rng = np.random.default_rng(seed)
+    pictures = separate(rng.choice([1, 4, 9, 16, 40], 9))
+    return {
+        "text": (plan, rows),
+        "read rows": (plan.of_rows(np.concatenate([rng.permutation(rows)[:9], np.arange(rows // 2, rows)])), rows),
+        "pictures": (pictures, int(pictures.cu_q_S1[-1])),
+    }
+
+
+@pytest.mark.parametrize("kind", ["text", "read rows", "pictures"])
+@pytest.mark.parametrize("seed", range(4))
+def test_grouped_sdpa_equals_the_dense_twin(seed: int, kind: str) -> None:
+    plan, keys = random_plans(seed)[kind]
+    q, k, v = inputs(plan, seed, keys)
     weight = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
     results = []
     for backend in ("sdpa", "dense"):
@@ -99,3 +118,27 @@ def test_auto_takes_sdpa_on_a_cpu() -> None:
     q, k, v = inputs(plan, 1)
     auto, sdpa = (segment_attention(q, k, v, plan, scale=1.0, backend=backend) for backend in ("auto", "sdpa"))
     assert torch.equal(auto, sdpa)
+
+
+def test_the_flash_attention_for_the_gpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three on Hopper, four behind it, two elsewhere; version 4 alone leaves a `flash_attn` without a function."""
+
+    def installed(*names: str) -> dict[int, str | None]:
+        flash_function.cache_clear()
+        for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        for name in names:
+            module = ModuleType(name)
+            monkeypatch.setitem(sys.modules, name, module)
+            module.flash_attn_varlen_func = lambda name=name: name  # type: ignore[attr-defined]
+        if "flash_attn.cute" in names and "flash_attn" not in names:
+            monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+        found = {capability: flash_function(capability) for capability in (8, 9, 10)}
+        flash_function.cache_clear()
+        return {capability: None if function is None else function() for capability, function in found.items()}
+
+    assert installed() == {8: None, 9: None, 10: None}
+    assert installed("flash_attn") == dict.fromkeys((8, 9, 10), "flash_attn")
+    assert installed("flash_attn.cute") == {8: None, 9: "flash_attn.cute", 10: "flash_attn.cute"}
+    everything = installed("flash_attn", "flash_attn_interface", "flash_attn.cute")
+    assert everything == {8: "flash_attn", 9: "flash_attn_interface", 10: "flash_attn.cute"}

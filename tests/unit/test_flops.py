@@ -32,7 +32,8 @@ def test_the_tiny_model_by_hand(demo: Demo) -> None:
     flops = demo.flops()
     # Text: 3 layers, hidden 96, 4 query and 2 key/value heads of 24, intermediate 256.
     assert flops.per_token == 2 * 3 * (96 * 96 * 2 + 96 * 48 * 2 + 3 * 96 * 256)
-    assert flops.per_token_pair == 3 * 4 * 96
+    assert flops.per_token_pair == 2 * 4 * 96  # the last layer is asked for few rows
+    assert flops.per_unread == 2 * (96 * 96 * 2 + 3 * 96 * 256)
     # Vision: 3 layers of width 64 with a fourfold MLP; patches of 3 x 2 x 14 x 14; merger 256 -> 256 -> 96 per four.
     assert flops.per_patch == 2 * (1176 * 64 + 3 * (4 * 64**2 + 2 * 64 * 256) + (256 * 256 + 256 * 96) / 4)
     assert flops.per_patch_pair == 3 * 4 * 64
@@ -59,7 +60,7 @@ def test_the_tiny_qwen3_vl_by_hand() -> None:
     flops = FlopsModel.from_config(AutoConfig.from_pretrained(model_folder("qwen3_vl")), train_vision=True)
     # Text: 3 layers, hidden 96, 4 query and 2 key/value heads of 32, intermediate 256.
     assert flops.per_token == 2 * 3 * (96 * 128 * 2 + 96 * 64 * 2 + 3 * 96 * 256)
-    assert flops.per_token_pair == 3 * 4 * 128
+    assert flops.per_token_pair == 2 * 4 * 128
     # Vision: 3 layers of width 64 with an MLP of 112; patches of 3 x 2 x 16 x 16; 3 mergers 256 -> 256 -> 96 per four.
     assert flops.per_patch == 2 * (1536 * 64 + 3 * (4 * 64**2 + 2 * 64 * 112) + 3 * (256 * 256 + 256 * 96) / 4)
     assert flops.per_patch_pair == 3 * 4 * 64
@@ -73,7 +74,7 @@ def test_the_tiny_qwen3_vl_by_hand() -> None:
 def test_released_sizes(shape: tuple[int, int, int, int, int], billions: float) -> None:
     flops = released(*shape)
     assert flops.per_token / 2 == pytest.approx(billions * 1e9, rel=0.005)
-    assert flops.per_token_pair == 4 * shape[0] * 28
+    assert flops.per_token_pair == 4 * shape[0] * 27
     patches = 4 * 1280  # a picture of 1280 tokens: 6.4 TFLOP in the vision tower's matrices, 4.3 in its attention
     linear = flops.per_patch - 2 * ((5120**2 + 5120 * shape[0]) / 4)  # without the merger
     assert linear * patches == pytest.approx(6.4e12, rel=0.01)
@@ -102,6 +103,22 @@ def test_training_counts_a_backward_only_where_there_is_one() -> None:
     assert flops.training(10, 100, 20, 400) == 3 * (50 + 300) + 3 * (140 + 800)
     frozen = FlopsModel(per_token=5, per_token_pair=3, per_patch=7, per_patch_pair=2, train_vision=False)
     assert frozen.training(10, 100, 20, 400) == 3 * (50 + 300) + (140 + 800)
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=4, targets="all"), LoraOptions(rank=4, targets="attention")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_is_spared_its_work_on_rows_that_are_not_read(kind: str, lora: LoraOptions | None) -> None:
+    """Two FLOPs per weight and row, of all but what makes keys and values; beside an adapter that has two matrices."""
+    config = AutoConfig.from_pretrained(model_folder(kind))
+    flops = FlopsModel.from_config(config, train_vision=False, lora=lora)
+    with torch.device("meta"):
+        layer = AutoModel.from_config(config).language_model.layers[-1]
+    spared = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear) and n[-6:-5] not in "kv"}
+    assert len(spared) == 5
+    frozen = sum(2 * m.weight.numel() for m in spared.values()) * (3 if lora is None else 2)
+    adapted = [m for n, m in spared.items() if lora is not None and (lora.targets == "all" or "attn" in n)]
+    small = sum(3 * 2 * 4 * (m.in_features + m.out_features) for m in adapted)
+    assert flops.training(10, 0, 0, 0) - flops.training(10, 0, 0, 0, read=3) == pytest.approx(7 * (frozen + small))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from muco_ds.data.segments import Segment, SegmentBuilder, SegmentPlan, causal, isolated
+from muco_ds.data.segments import Segment, SegmentBuilder, SegmentPlan, causal, isolated, separate
 
 
 def plan_of(*calls: tuple[int, list[int] | None]) -> SegmentPlan:
@@ -116,3 +117,47 @@ def test_a_conversation_sees_its_context_and_itself() -> None:
 
 def test_turns_without_a_prefix_stand_alone() -> None:
     assert isolated(0, [2, 3]) == [Segment(2), Segment(3)]
+
+
+def test_chosen_rows_see_what_they_see_in_the_whole_plan() -> None:
+    """Any rows in any order, runs of them, of causal dialogues and isolated turns."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        calls = [
+            (
+                int(rng.integers(1, 9)),
+                None if rng.random() < 0.5 else rng.integers(1, 6, int(rng.integers(1, 4))).tolist(),
+            )
+            for _ in range(5)
+        ]
+        plan = plan_of(*calls)
+        total = int(plan.cu_q_S1[-1])
+        first = int(rng.integers(0, total))
+        rows = np.concatenate([rng.permutation(total)[: int(rng.integers(1, total))], np.arange(first, total)])
+        chosen = plan.of_rows(rows)
+        assert torch.equal(chosen.dense_mask(total), plan.dense_mask()[rows])
+        assert chosen.max_q == int(chosen.cu_q_S1.diff().max()) and chosen.max_k == int(chosen.cu_k_S1.diff().max())
+        assert len(chosen.kv_index_J) == int(chosen.cu_k_S1[-1])
+        assert chosen.cu_q_S1.dtype == chosen.cu_k_S1.dtype == torch.int32
+
+
+def test_consecutive_rows_share_their_keys() -> None:
+    """32 compression tokens are one segment, not 32 copies of all that stands before them."""
+    chosen = plan_of((40, None), (20, None)).of_rows(np.array([*range(8, 40), 59]))
+    assert chosen.cu_q_S1.tolist() == [0, 32, 33] and chosen.cu_k_S1.tolist() == [0, 40, 60]
+
+
+def test_separate_stretches_see_all_of_themselves() -> None:
+    plan = separate([2, 1, 3])
+    assert torch.equal(
+        plan.dense_mask(),
+        mask_of("""
+            xx....
+            xx....
+            ..x...
+            ...xxx
+            ...xxx
+            ...xxx
+        """),
+    )
+    assert plan.kv_index_J is None and (plan.max_q, plan.max_k) == (3, 3) and not plan.causal

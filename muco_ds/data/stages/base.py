@@ -56,6 +56,12 @@ class Sizes:
     pairs_B: np.ndarray  # int64: of a query and its target, or a question and its answer
     patches_B: np.ndarray  # int64
     patches_squared_B: np.ndarray  # sum over pictures of patches^2: the vision tower's attention
+    span: int = 1  # rows that are read for a pooled one
+
+    @property
+    def read_B(self) -> np.ndarray:
+        """Rows that the last text layer is asked for; int64."""
+        return self.rows_B3.sum(1) * self.span
 
 
 class Stage(Protocol):
@@ -93,6 +99,7 @@ def measure(layout: Layout, template: ChatTemplate, forms: int = 1) -> Sizes:
         pairs_B=np.zeros(examples, np.int64),
         patches_B=layout.patches_B,
         patches_squared_B=layout.patches_squared_B,
+        span=len(template.pooled_ids),
     )
     for part in layout.dialogues:
         size = len(part.owner_G)
