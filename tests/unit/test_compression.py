@@ -24,6 +24,7 @@ from muco_ds.data.index import Indexer, open_index
 from muco_ds.data.mixture import Mixture
 from muco_ds.data.plan import Plan
 from muco_ds.data.schema import QUERY, Conversation, PackedBatch, Side
+from muco_ds.data.segments import SegmentPlan
 from muco_ds.data.stages.compress import CompressStage
 from muco_ds.data.stages.curriculum import Limit
 from muco_ds.errors import UserError
@@ -155,12 +156,14 @@ def kept_tokens(pack: PackedBatch, kept: list[torch.Tensor], monkeypatch: pytest
     replacing, turn = bool(kept), iter(kept)
     plain = attention._FUNCTIONS["sdpa"]
 
-    def wrapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def wrapped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SegmentPlan, *rest: Any) -> torch.Tensor:
+        if not plan.causal:
+            return plain(q, k, v, plan, *rest)  # the vision tower's
         if not replacing:
             kept.extend((k[rows_K], v[rows_K]))
         else:
             k, v = k.index_copy(0, rows_K, next(turn)), v.index_copy(0, rows_K, next(turn))
-        return plain(q, k, v, *rest)
+        return plain(q, k, v, plan, *rest)
 
     with monkeypatch.context() as patched:
         patched.setitem(attention._FUNCTIONS, "sdpa", wrapped)
