@@ -290,10 +290,12 @@ def _reduction(numel: int, ds_config: dict[str, Any], width: int, world_size: in
 
 
 def _inputs(backbone: PretrainedConfig, load: Load, width: int, *, keep_features: bool) -> int:
-    """A pack is on the device while it is worked on; float32 pixels are most of it. Of a frozen tower's output, which
-    is kept from pass one to pass two where there are several packs, `KEPT_ON_DEVICE` bytes stay there."""
+    """A pack is on the device while it is worked on: its pictures as bytes, and what the vision tower reads of them.
+
+    Of a frozen tower's output, kept from pass one to pass two of several packs, `KEPT_ON_DEVICE` bytes stay there.
+    """
     vision = vision_shape(backbone)
     ids = 8 * 6 * load.tokens  # token id, four positions, one index
-    cast = width * vision.pixels * load.patches if width < 4 else 0
+    pictures = vision.pixels * load.patches // backbone.vision_config.temporal_patch_size
     kept = min(KEPT_ON_DEVICE, feature_bytes(vision, load.rank_patches, width))
-    return 4 * vision.pixels * load.patches + cast + ids + (kept if keep_features else 0)
+    return pictures + width * vision.pixels * load.patches + ids + (kept if keep_features else 0)

@@ -1,7 +1,7 @@
 """What flows through the data side: records, dialogues, packed batches.
 
-Shape suffixes: T rows (tokens) of a pack, E pooled rows, P image patches, C values of a patch, I images,
-S segments, J gathered key/value rows.
+Shape suffixes: T rows (tokens) of a pack, E pooled rows, P image patches, Y bytes of a patch, C colours, V the 256
+values of a byte, I images, S segments, J gathered key/value rows.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class PackedBatch:
     input_ids_T: torch.Tensor  # int64
     position_ids_41T: torch.Tensor  # int64: text position, then mRoPE t, h, w
     segments: SegmentPlan
-    pixels_PC: torch.Tensor  # float32
+    pixels_PY: torch.Tensor  # uint8: a patch's pixels row by row, in the tower's order of patches
+    palette_CV: torch.Tensor  # float32: what a byte stands for, by colour (`ops.patches`)
     grid_thw_I3: torch.Tensor  # int64
     vision: VisionInputs
     has_images: bool
@@ -191,7 +192,7 @@ class PackedBatch:
 
     @property
     def patches(self) -> int:
-        return self.pixels_PC.shape[0] if self.has_images else 0
+        return self.pixels_PY.shape[0] if self.has_images else 0
 
 
 def pair_ids(sample: int, number: int, turns_k: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Embedder: a stock Qwen2-VL-class model that turns one packed row into one embedding per pooled token.
 
-Shape suffixes: T rows of the pack, E pooled rows, D hidden size, N items.
+Shape suffixes: T rows of the pack, E pooled rows, D hidden size, N items, P patches, C values of a patch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, read_settings
 from muco_ds.models.last_layer import LastLayer
 from muco_ds.ops import pool_normalize
+from muco_ds.ops.patches import patch_values
 
 log = logging.getLogger(__name__)
 
@@ -235,10 +236,11 @@ class Embedder(nn.Module):
         if features is None:
             visual, vision = self.model.visual, batch.vision
             # One stretch, by CPU tensors: the stock tower then calls our attention once a layer and waits for nothing.
-            together = torch.tensor([0, len(batch.pixels_PC)], dtype=torch.int32)
+            together = torch.tensor([0, len(batch.pixels_PY)], dtype=torch.int32)
             with torch.no_grad() if self.freeze_vision else nullcontext():
+                frames = self.model.config.vision_config.temporal_patch_size
                 out = visual(
-                    batch.pixels_PC.to(visual.dtype),
+                    patch_values(batch.pixels_PY, batch.palette_CV, frames, visual.dtype),
                     grid_thw=batch.grid_thw_I3,
                     cu_seqlens=together,
                     pictures=vision.pictures,

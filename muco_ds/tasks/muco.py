@@ -62,7 +62,7 @@ class MuCoTask(nn.Module):
         def embed(pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
             """A pack is on the device while it is worked on: pixels are most of a batch."""
             if kept is not None and kept.filled:
-                pack = replace(pack, pixels_PC=pack.pixels_PC[:0])
+                pack = replace(pack, pixels_PY=pack.pixels_PY[:0])
             return engine(pack.to(engine.device), kept)
 
         def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:

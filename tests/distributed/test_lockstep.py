@@ -33,7 +33,8 @@ def batch(step: int, rank: int) -> StepBatch:
         PackedBatch(
             input_ids_T=empty,
             position_ids_41T=empty,
-            pixels_PC=empty,
+            pixels_PY=empty,
+            palette_CV=empty,
             grid_thw_I3=empty,
             vision=VisionInputs({}, none),
             has_images=False,

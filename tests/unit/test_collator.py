@@ -109,8 +109,8 @@ def test_shapes_and_types(mixed: Rows) -> None:
     rows = batch.tokens
     assert batch.position_ids_41T.shape == (4, 1, rows) and int(batch.segments.cu_q_S1[-1]) == rows
     assert batch.input_ids_T.dtype == batch.position_ids_41T.dtype == batch.emb_index_E.dtype == torch.int64
-    assert batch.ids_E3.dtype == batch.grid_thw_I3.dtype == torch.int64 and batch.pixels_PC.dtype == torch.float32
-    assert batch.has_images and batch.pixels_PC.shape[0] == int(batch.grid_thw_I3.prod(1).sum()) == batch.patches
+    assert batch.ids_E3.dtype == batch.grid_thw_I3.dtype == torch.int64 and batch.pixels_PY.dtype == torch.uint8
+    assert batch.has_images and batch.pixels_PY.shape[0] == int(batch.grid_thw_I3.prod(1).sum()) == batch.patches
     pads = int((batch.input_ids_T == mixed.packer.template.image_pad).sum())
     assert pads == batch.patches // 4
 
@@ -133,7 +133,7 @@ def test_a_picture_that_breaks_at_run_time_is_replaced_and_counted(demo: Demo, t
     assert before.replaced_images == 0 and after.replaced_images == users > 0
     assert after.counts == before.counts and torch.equal(after.ids_E3, before.ids_E3)
     assert len(after.grid_thw_I3) == len(before.grid_thw_I3) and after.tokens <= before.tokens
-    assert torch.equal(after.input_ids_T, again.input_ids_T) and torch.equal(after.pixels_PC, again.pixels_PC)
+    assert torch.equal(after.input_ids_T, again.input_ids_T) and torch.equal(after.pixels_PY, again.pixels_PY)
     assert int((after.input_ids_T == data.packer.template.image_pad).sum()) == after.patches // 4
 
 
@@ -152,7 +152,7 @@ def test_a_pack_without_pictures_carries_a_dummy(demo: Demo, tmp_path: Path) -> 
     )
     batch = in_pass(data.collator(), np.arange(4), 0)
     assert not batch.has_images and batch.patches == 0 and batch.replaced_images == 0
-    assert batch.pixels_PC.shape == (4, 1176) and batch.grid_thw_I3.tolist() == [[1, 2, 2]]
+    assert batch.pixels_PY.shape == (4, 588) and batch.grid_thw_I3.tolist() == [[1, 2, 2]]
     assert not (batch.input_ids_T == data.packer.template.image_pad).any()
 
 

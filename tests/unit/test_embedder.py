@@ -262,7 +262,7 @@ def test_pack_without_pictures_gives_the_tower_zero_gradients_and_no_influence(
         assert grad is not None, f"{name}: None would leave this rank out of a gradient reduction"
         assert (".visual." in name) == (not grad.any()), name
     emb_ED = model(batch)
-    assert torch.equal(emb_ED, model(replace(batch, pixels_PC=torch.full_like(batch.pixels_PC, float("nan")))))
+    assert torch.equal(emb_ED, model(replace(batch, palette_CV=torch.full_like(batch.palette_CV, float("nan")))))
 
 
 @pytest.mark.parametrize(("frozen", "room"), [(True, 2**20), (True, 0), (False, 2**20)])

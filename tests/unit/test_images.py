@@ -6,13 +6,17 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from muco_ds.data.images import ImageError, ImageLimits, ImagePipeline, decode, read_size
+from muco_ds.data.images import ImageError, ImageLimits, ImagePipeline, Patches, decode, read_size
 from muco_ds.models.backbones import load_image_processor
+from muco_ds.ops.patches import patch_values
 
 from demo import MAX_PIXELS, MIN_PIXELS, Demo, write_picture
 from tiny_models import model_folder
@@ -182,8 +186,8 @@ def test_the_grid_of_a_size_is_the_grid_of_its_patches(model: Path, short_side: 
             continue
         patches = pipeline.patches(Image.new("RGB", (width, height)))
         assert patches.grid == pipeline.grid(width, height), (width, height)
-        assert patches.pixels_PC.shape == (np.prod(patches.grid), 3 * 2 * pipeline.patch_size**2)
-        assert pipeline.tokens(patches.grid) == len(patches.pixels_PC) // 4
+        assert patches.pixels_PY.shape == (np.prod(patches.grid), 3 * pipeline.patch_size**2)
+        assert pipeline.tokens(patches.grid) == len(patches.pixels_PY) // 4
 
 
 @pytest.mark.parametrize("minimum, maximum", [(28 * 28, 28 * 28), (56 * 56, 112 * 112), (200 * 200, 300 * 300)])
@@ -196,17 +200,40 @@ def test_limits_are_kept(model: Path, minimum: int, maximum: int) -> None:
         assert minimum <= pixels <= max(maximum, pipeline.factor**2), (width, height)
 
 
-def test_patches_are_those_of_the_stock_processor(model: Path, tmp_path: Path) -> None:
-    stock = load_image_processor(str(model))
-    pipeline = limited(model, MIN_PIXELS, MAX_PIXELS)
-    for i, (width, height) in enumerate([(84, 84), (100, 61), (333, 90)]):
-        path = write_picture(tmp_path / f"{i}.png", width, height, seed=i)
-        size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
-        expected = stock(images=[Image.open(path).copy()], size=size, return_tensors="np")
-        patches = pipeline.patches(str(path))
-        assert np.array_equal(patches.pixels_PC, expected["pixel_values"])
-        assert patches.grid == tuple(expected["image_grid_thw"][0])
-        assert patches.pixels_PC.dtype == np.float32
+def values(pipeline: ImagePipeline, patches: list[Patches], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What the vision tower reads of several pictures."""
+    pixels_PY = torch.from_numpy(np.concatenate([one.pixels_PY for one in patches]))
+    frames = pipeline.processor.temporal_patch_size
+    return patch_values(pixels_PY, torch.from_numpy(pipeline.palette_CV), frames, dtype)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "other statistics, three frames, patches of 8": {
+        **{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "rescale_factor": 1 / 127},
+        **{"temporal_patch_size": 3, "patch_size": 8, "merge_size": 3, "resample": Image.Resampling.BOX},
+    },
+    "not normalised": {"do_normalize": False},
+    "not rescaled": {"do_rescale": False},
+}
+
+
+@pytest.mark.parametrize("changed", SETTINGS.values(), ids=SETTINGS)
+def test_patches_are_those_of_the_stock_processor(model: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    stock = Qwen2VLImageProcessorPil.from_pretrained(str(model), **changed)
+    size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
+    pipeline = ImagePipeline(stock, ImageLimits(*size.values()))
+    paths = [
+        str(write_picture(tmp_path / f"{i}.png", width, height, seed=i))
+        for i, (width, height) in enumerate([(84, 84), (100, 61), (333, 90), (112, 56)])
+    ]
+    expected = stock(images=[Image.open(path).copy() for path in paths], size=size, return_tensors="pt")
+    patches = [pipeline.patches(path) for path in paths]
+    assert [list(one.grid) for one in patches] == expected["image_grid_thw"].tolist()
+    assert all(one.pixels_PY.dtype == np.uint8 for one in patches)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = values(pipeline, patches, dtype)
+        assert found.dtype == dtype and torch.equal(found, expected["pixel_values"].to(dtype))
 
 
 def test_the_short_side_is_resized_first(model: Path, tmp_path: Path) -> None:
@@ -214,20 +241,19 @@ def test_the_short_side_is_resized_first(model: Path, tmp_path: Path) -> None:
     resized = Image.open(path).resize((128, 64), Image.Resampling.LANCZOS)
     expected = limited(model, MIN_PIXELS, MAX_PIXELS).patches(resized)
     found = limited(model, MIN_PIXELS, MAX_PIXELS, short_side=64).patches(str(path))
-    assert found.grid == expected.grid and np.array_equal(found.pixels_PC, expected.pixels_PC)
+    assert found.grid == expected.grid and np.array_equal(found.pixels_PY, expected.pixels_PY)
 
 
 def test_the_placeholder_is_one_token(model: Path) -> None:
     pipeline = limited(model, 200 * 200, 300 * 300, short_side=500)
     placeholder = pipeline.placeholder()
-    assert placeholder.grid == (1, 2, 2) and placeholder.pixels_PC.shape == (4, 6 * pipeline.patch_size**2)
+    assert placeholder.grid == (1, 2, 2) and placeholder.pixels_PY.shape == (4, 3 * pipeline.patch_size**2)
 
 
 def test_the_settings_of_the_folder_hold() -> None:
     """Qwen3-VL's: black is -1 and white 1; a token is 32 x 32 px."""
     pipeline = limited(model_folder("qwen3_vl"), MIN_PIXELS, MAX_PIXELS)
-    values = [
-        np.unique(pipeline.patches(Image.new("RGB", (64, 96), colour)).pixels_PC) for colour in ("black", "white")
-    ]
-    assert values[0] == pytest.approx([-1]) and values[1] == pytest.approx([1])
+    pictures = [Image.new("RGB", (64, 96), colour) for colour in ("black", "white")]
+    black, white = (values(pipeline, [pipeline.patches(one)]).unique().tolist() for one in pictures)
+    assert black == pytest.approx([-1]) and white == pytest.approx([1])
     assert pipeline.grid(64, 96) == (1, 6, 4) and pipeline.tokens((1, 6, 4)) == 6

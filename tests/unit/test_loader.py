@@ -32,7 +32,7 @@ def assert_same(a: StepBatch, b: StepBatch) -> None:
 
 
 def assert_same_pack(x: PackedBatch, y: PackedBatch) -> None:
-    for name in ("input_ids_T", "position_ids_41T", "pixels_PC", "grid_thw_I3", "emb_index_E", "ids_E3"):
+    for name in ("input_ids_T", "position_ids_41T", "pixels_PY", "palette_CV", "grid_thw_I3", "emb_index_E", "ids_E3"):
         assert torch.equal(getattr(x, name), getattr(y, name)), name
     assert x.counts == y.counts and x.has_images == y.has_images
     assert torch.equal(x.segments.dense_mask(), y.segments.dense_mask())
