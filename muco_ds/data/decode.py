@@ -18,8 +18,20 @@ MAX_DECODED_PIXELS = 178_956_970
 _ORIENTATION_TAG, _UPRIGHT, _TRANSPOSED = 0x0112, 1, (5, 6, 7, 8)
 
 
+_KEPT_BLOCKS = 4
+"""As many as one picture needs at once: decoded, resized, resized again, and one between the two directions."""
+
+
 class ImageError(ValueError):
     """A picture that can't be used; the message says why, without the path."""
+
+
+def keep_memory() -> None:
+    """Let Pillow keep a picture's memory for the next one, in all of this process.
+
+    Fresh pages from the system are a sixth of the time of a picture of 640 x 853. At most four blocks of 16 MiB stay.
+    """
+    Image.core.set_blocks_max(_KEPT_BLOCKS)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from muco_ds.data.collator import Collator
+from muco_ds.data.decode import keep_memory
 from muco_ds.data.plan import Plan
 from muco_ds.data.readers import RowError
 from muco_ds.data.schema import StepBatch
@@ -82,6 +83,7 @@ def step_batches(dataset: StepDataset, start: int, *, workers: int, pin_memory: 
 
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    keep_memory()
     # Schedulers and launchers signal whole process groups. What a signal means is for the training process to decide;
     # a worker that died of it would take the run down before it could save. Workers end with the loop or its process.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

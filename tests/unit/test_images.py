@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from muco_ds.data.decode import keep_memory
 from muco_ds.data.images import ImageError, ImageLimits, ImagePipeline, Patches, decode, read_size
 from muco_ds.models.backbones import load_image_processor
 from muco_ds.ops.patches import patch_values
@@ -234,6 +235,22 @@ def test_patches_are_those_of_the_stock_processor(model: Path, tmp_path: Path, c
     for dtype in (torch.float32, torch.bfloat16):
         found = values(pipeline, patches, dtype)
         assert found.dtype == dtype and torch.equal(found, expected["pixel_values"].to(dtype))
+
+
+def test_the_memory_of_a_picture_serves_the_next(pipeline: ImagePipeline) -> None:
+    picture = Image.new("RGB", (640, 480), "red")
+    first = pipeline.patches(picture)
+    keep_memory()
+    try:
+        pipeline.patches(picture)
+        before = Image.core.get_stats()
+        again = pipeline.patches(picture)
+        after = Image.core.get_stats()
+    finally:
+        Image.core.set_blocks_max(0)
+    assert after["allocated_blocks"] == before["allocated_blocks"]
+    assert after["reused_blocks"] > before["reused_blocks"]
+    assert np.array_equal(again.pixels_PY, first.pixels_PY)
 
 
 def test_the_short_side_is_resized_first(model: Path, tmp_path: Path) -> None:
