@@ -49,7 +49,7 @@ class Packer:
             pictures = [self._picture(ref, row, replace_broken) for ref in side.dialogue.images]
             texts = [next(text_ids) for _ in _texts(side.dialogue)]
             rendered = self._render(side, texts, [picture.grid for picture in pictures])
-            row.pooled[side.kind].extend(row.segments.rows + i for i in rendered.emb_rows)
+            row.pooled[side.kind].append(row.segments.rows + rendered.emb_rows)
             row.ids[side.kind].append(side.ids_k3)
             row.segments.add(rendered.segments)
             row.tokens.append(rendered.ids_L)
@@ -94,7 +94,7 @@ class Packer:
         pictures = row.pictures or [self._placeholder]
         grids = [picture.grid for picture in pictures]
         ids_T, segments, span = np.concatenate(row.tokens), row.segments.build(), len(self.template.pooled_ids)
-        emb_index_E = np.array([i for kind in row.pooled for i in kind], np.int64)
+        emb_index_E = np.concatenate([rows for kind in row.pooled for rows in kind])
         rows_Q = emb_index_E if row.labels else (emb_index_E[:, None] + np.arange(1 - span, 1)).reshape(-1)
         return PackedBatch(
             input_ids_T=torch.from_numpy(ids_T),
@@ -110,7 +110,7 @@ class Packer:
             read_segments=segments.of_rows(rows_Q),
             emb_index_E=torch.from_numpy(emb_index_E),
             ids_E3=torch.from_numpy(np.concatenate([ids for kind in row.ids for ids in kind])),
-            counts=RowCounts(*(len(kind) for kind in row.pooled)),
+            counts=RowCounts(*(sum(map(len, kind)) for kind in row.pooled)),
             replaced_images=row.replaced,
             span=span,
             labels_E=torch.from_numpy(np.concatenate(row.labels)) if row.labels else None,
@@ -125,7 +125,7 @@ class _Row:
     tokens: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
     pictures: list[Patches] = field(default_factory=list)
-    pooled: tuple[list[int], ...] = field(default_factory=lambda: ([], [], []))
+    pooled: tuple[list[np.ndarray], ...] = field(default_factory=lambda: ([], [], []))
     ids: tuple[list[np.ndarray], ...] = field(default_factory=lambda: ([], [], []))
     labels: list[np.ndarray] = field(default_factory=list)
     replaced: int = 0

@@ -82,12 +82,12 @@ class ConversationTemplate:
         ids_L, positions_4L = writer.ids(), writer.positions()
         if unfinished:
             ids_L, positions_4L = ids_L[: -len(self._end)], positions_4L[:, : -len(self._end)]
-            labels, rows = np.zeros(1, np.int64), [len(ids_L) - 1]  # not known yet
+            labels, rows = np.zeros(1, np.int64), np.array([len(ids_L) - 1])  # not known yet
         else:
             if self.train_questions:
                 predicted = [(compressed, len(ids_L))]
             targets = np.concatenate([np.arange(*bounds) for bounds in predicted])
-            labels, rows = ids_L[targets], (targets - 1).tolist()
+            labels, rows = ids_L[targets], targets - 1
         seen = {"tokens": first_token, "prompt": start_of_prompt, "all": 0, "nothing": compressed}[self.answers_see]
         segments = [*causal(compressed), Segment(len(ids_L) - compressed, context=(seen, compressed))]
         return Rendered(ids_L, positions_4L, rows, segments, labels)

@@ -43,7 +43,7 @@ class Rendered:
 
     ids_L: np.ndarray  # int64
     positions_4L: np.ndarray  # int64: text, t, h, w
-    emb_rows: list[int]
+    emb_rows: np.ndarray  # int64
     segments: list[Segment]
     labels: np.ndarray | None = None  # int64
 
@@ -145,7 +145,7 @@ class ChatTemplate:
                     writer.text(self.between)
                 writer.text(self._turn(ids, after_image=bool(grids) and j == 0))
                 emb_rows.append(writer.rows - 1)
-            return Rendered(writer.ids(), writer.positions(), emb_rows, causal(writer.rows))
+            return Rendered(writer.ids(), writer.positions(), np.array(emb_rows, np.int64), causal(writer.rows))
 
         turns = []
         for ids in turn_ids:
@@ -156,7 +156,7 @@ class ChatTemplate:
         return Rendered(
             ids_L=np.concatenate([prefix.ids(), *(turn.ids() for turn in turns)]),
             positions_4L=np.concatenate([prefix.positions(), *(turn.positions() for turn in turns)], axis=1),
-            emb_rows=(prefix.rows + np.cumsum(lengths) - 1).tolist(),
+            emb_rows=prefix.rows + np.cumsum(lengths) - 1,
             segments=isolated(prefix.rows, lengths),
         )
 
@@ -187,8 +187,7 @@ class Writer:
         return Writer(self._text_position, self._rope_position)
 
     def text(self, ids: list[int]) -> None:
-        steps = np.arange(len(ids))
-        self._append(np.asarray(ids, np.int64), np.broadcast_to(steps + self._rope_position, (3, len(ids))))
+        self._append(np.asarray(ids, np.int64), np.arange(self._rope_position, self._rope_position + len(ids)))
         self._rope_position += len(ids)
 
     def image(self, pad_id: int, grid: Grid, merge_size: int) -> None:
@@ -197,10 +196,13 @@ class Writer:
         self._append(np.full(t * h * w, pad_id, np.int64), thw)
         self._rope_position += max(h, w)
 
-    def _append(self, ids: np.ndarray, rope_3L: np.ndarray) -> None:
-        text = np.arange(len(ids)) + self._text_position
+    def _append(self, ids: np.ndarray, rope: np.ndarray) -> None:
+        """Tokens, and their positions in each mRoPE row or in all three, [3, L] or [L]."""
+        positions_4L = np.empty((4, len(ids)), np.int64)
+        positions_4L[0] = np.arange(self._text_position, self._text_position + len(ids))
+        positions_4L[1:] = rope
         self._ids.append(ids)
-        self._positions.append(np.concatenate([text[None], rope_3L]))
+        self._positions.append(positions_4L)
         self._text_position += len(ids)
         self.rows += len(ids)
 
