@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,21 +33,26 @@ class Packer:
         conversations: ConversationTemplate | None = None,
     ) -> None:
         self.template, self.images, self.vision, self.conversations = template, images, vision, conversations
-        self._placeholder = images.placeholder()
+        self.placeholder = images.placeholder()
 
-    def pack(self, sides: list[Side], *, replace_broken: bool) -> PackedBatch:
+    def pack(self, sides: list[Side], *, replace_broken: bool, patches: Iterable[Patches] | None = None) -> PackedBatch:
         """Pack dialogues in the given order. None at all give a pack of a few tokens and no pooled row.
 
         Args:
             replace_broken: put a small grey picture where one does not decode, and count it; else raise an
                 ImageError that names it.
+            patches: those of all pictures in their order, where they have been made already.
         """
         if not sides:
             return self._spare()
         text_ids = iter(self.template.encode_turns([text for side in sides for text in _texts(side.dialogue)]))
         row = _Row()
+        made = None if patches is None else iter(patches)
         for side in sides:
-            pictures = [self._picture(ref, row, replace_broken) for ref in side.dialogue.images]
+            pictures = [
+                next(made) if made is not None else self._picture(ref, row, replace_broken)
+                for ref in side.dialogue.images
+            ]
             texts = [next(text_ids) for _ in _texts(side.dialogue)]
             rendered = self._render(side, texts, [picture.grid for picture in pictures])
             row.pooled[side.kind].append(row.segments.rows + rendered.emb_rows)
@@ -88,10 +94,10 @@ class Packer:
             if not replace_broken:
                 raise ImageError(f"picture {ref}: {error}") from error
             row.replaced += 1
-            return self._placeholder
+            return self.placeholder
 
     def _finish(self, row: _Row) -> PackedBatch:
-        pictures = row.pictures or [self._placeholder]
+        pictures = row.pictures or [self.placeholder]
         grids = [picture.grid for picture in pictures]
         ids_T, segments, span = np.concatenate(row.tokens), row.segments.build(), len(self.template.pooled_ids)
         emb_index_E = np.concatenate([rows for kind in row.pooled for rows in kind])

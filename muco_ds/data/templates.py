@@ -105,6 +105,8 @@ class ChatTemplate:
         return mask
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # the tokenizer's state is left alone: threads may render what is tokenised already
+            return []
         backend = self.tokenizer.backend_tokenizer
         backend.encode_special_tokens = True
         try:

@@ -27,7 +27,8 @@ from muco_ds.files import beside, replacing
 from muco_ds.mining.columns import write_rows
 from muco_ds.mining.corpus import Corpus, Turns
 from muco_ds.mining.search import Asked, Mined, Rule, mine
-from muco_ds.mining.vectors import CHUNK_DIALOGUES, Vectors, encode_to
+from muco_ds.mining.vectors import Vectors, encode_to
+from muco_ds.models.encode import WINDOW_DIALOGUES
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def mine_negatives(
             if env.is_main():
                 folder = stack.enter_context(_work_folder(task.output))
                 vectors = [Vectors(Path(folder) / name) for name in ("targets", "queries")]
-        size = CHUNK_DIALOGUES * env.world_size()
+        size = WINDOW_DIALOGUES * env.world_size()
         work = (
             ("targets", len(task.corpus), task.corpus.targets(size)),
-            ("queries", len(task.turns.rows()), task.turns.queries(size)),
+            ("queries", len(task.turns.row_N), task.turns.queries(size)),
         )
         for target, (name, total, chunks) in zip(vectors, work, strict=True):
-            bar = tqdm(total=total, desc=f"encoding {name}", unit="dialogue", disable=not (progress and env.is_main()))
+            bar = tqdm(total=total, desc=f"encoding {name}", unit="row", disable=not (progress and env.is_main()))
             encode_to(target, chunks, model, packer, pack_tokens=pack_tokens, device=device, progress=bar)
 
         def search_and_write() -> None:

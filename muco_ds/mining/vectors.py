@@ -16,10 +16,7 @@ from muco_ds.data.collator import Packer
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
-from muco_ds.models.encode import encode_dialogues
-
-CHUNK_DIALOGUES = 8192
-"""Dialogues a rank has at a time. The last pack of a chunk is not full, and ranks wait for each other there."""
+from muco_ds.models.encode import encode_windows
 
 
 class Vectors:
@@ -62,14 +59,20 @@ def encode_to(
     progress: tqdm,
 ) -> None:
     """Encode dialogues on all ranks and append an embedding of each turn on the rank that has a file. Collective."""
-    for dialogues in chunks:
-        rows_ND = encode_dialogues(
-            model, packer, dialogues, pack_tokens=pack_tokens, device=device, shared=True, mark_broken=True
-        )
+    windows = encode_windows(
+        model,
+        packer,
+        chunks,
+        pack_tokens=pack_tokens,
+        device=device,
+        shared=True,
+        mark_broken=True,
+        progress=progress,
+    )
+    for rows_ND in windows:
         with env.agreement():
             if vectors is not None:
                 _append(vectors, rows_ND.numpy())
-        progress.update(len(dialogues))
     progress.close()
 
 

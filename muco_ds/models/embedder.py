@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +27,12 @@ from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, read_settings
+from muco_ds.models.items import Item, dialogue_of
 from muco_ds.models.last_layer import LastLayer
 from muco_ds.ops import pool_normalize
 from muco_ds.ops.patches import patch_values
 
 log = logging.getLogger(__name__)
-
-Item = str | Image.Image | Mapping[str, Any]
-"""A text, a picture, or any keys of {"text": str, "image": path, picture or list of them, "instruction": str}."""
 
 
 class PoolingNorm(nn.Module):
@@ -168,32 +166,47 @@ class Embedder(nn.Module):
         return embedder
 
     def encode(
-        self, items: Sequence[Item], *, pack_tokens: int = 16384, progress: bool = False, dim: int | None = None
+        self, items: Sequence[Item], *, pack_tokens: int | None = None, progress: bool = False, dim: int | None = None
     ) -> np.ndarray:
         """Embeddings of the items in their order, float32 [N, D], unit length.
 
+        Items with the same picture (path or object) share it: seven questions about one cost about one picture.
+
         Args:
+            pack_tokens: token budget of one forward; default: 16384 on a GPU, 2048 on a CPU.
             dim: the first `dim` components alone, at unit length again, [N, dim]: good where the model was trained for
                 that size (`sizes`, `loss.matryoshka`), of lower quality elsewhere.
         Raises:
             UserError: an item of another type or without content, a picture that does not decode, a `dim` below 1 or
                 above D.
         """
-        return self._encode([_dialogue(i, item) for i, item in enumerate(items)], pack_tokens, progress, dim)
+        return self._encode(
+            [dialogue_of(item, f"item {i}") for i, item in enumerate(items)], pack_tokens, progress, dim
+        )
 
-    def encode_turns(self, image: ImageRef, questions: Sequence[str], *, dim: int | None = None) -> np.ndarray:
-        """Embeddings of several questions about one picture, float32 [k, D]; the picture is encoded once. `dim`: see
-        `encode`."""
-        return self._encode([Dialogue(tuple(questions), (image,))], pack_tokens=1, progress=False, dim=dim)
+    def encode_turns(
+        self, image: ImageRef | Sequence[ImageRef], questions: Sequence[str], *, dim: int | None = None
+    ) -> np.ndarray:
+        """Embeddings of several questions about one picture (or several seen together), float32 [k, D]; it is encoded
+        once. `dim`: see `encode`."""
+        images = (image,) if isinstance(image, (str, Image.Image)) else tuple(image)
+        return self._encode([Dialogue(tuple(questions), images)], pack_tokens=None, progress=False, dim=dim)
 
-    def _encode(self, dialogues: list[Dialogue], pack_tokens: int, progress: bool, dim: int | None) -> np.ndarray:
-        assert self.packer is not None, "an Embedder encodes after from_pretrained"
+    def check_dim(self, dim: int | None) -> int:
+        """`dim`, or the whole embedding's. Raises UserError for one that embeddings do not have."""
         dim = self.sizes[-1] if dim is None else dim
         if not 1 <= dim <= self.sizes[-1]:
             raise UserError(f"dim is {dim} but embeddings have {self.sizes[-1]} components: give 1 to {self.sizes[-1]}")
         if dim not in self.sizes:
             log.warning("dim=%d: the model was trained for embeddings of %s components", dim, self.sizes)
-        if not dialogues:
+        return dim
+
+    def _encode(
+        self, dialogues: list[Dialogue], pack_tokens: int | None, progress: bool, dim: int | None
+    ) -> np.ndarray:
+        assert self.packer is not None, "an Embedder encodes after from_pretrained"
+        dim = self.check_dim(dim)
+        if not any(dialogue.turns for dialogue in dialogues):
             return np.zeros((0, dim), np.float32)
         device = next(self.parameters()).device
         description = "encoding" if progress else None
@@ -260,24 +273,3 @@ class Embedder(nn.Module):
 def _add_at_rows(hidden_1TD: torch.Tensor, rows_N: torch.Tensor, features_ND: torch.Tensor) -> torch.Tensor:
     """What Qwen3-VL does behind its first layers, with the pictures' rows by index."""
     return hidden_1TD.index_add(1, rows_N, features_ND.to(hidden_1TD.dtype)[None])
-
-
-def _dialogue(position: int, item: Item) -> Dialogue:
-    if isinstance(item, str):
-        item = {"text": item}
-    elif isinstance(item, Image.Image):
-        item = {"image": item}
-    if not isinstance(item, Mapping) or not item.keys() <= {"text", "image", "instruction"}:
-        raise UserError(f"item {position}: give a text, a picture, or a dict with 'text', 'image', 'instruction'")
-    image = item.get("image")
-    given = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
-    images = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in given)
-    if not all(isinstance(one, (str, Image.Image)) for one in images):
-        raise UserError(f"item {position}: 'image' must be a path, a picture or a list of them")
-    parts = [part for part in (item.get("instruction"), item.get("text")) if part]
-    if not all(isinstance(part, str) for part in parts):
-        raise UserError(f"item {position}: 'text' and 'instruction' must be strings")
-    text = "\n".join(parts)
-    if not text.strip() and not images:
-        raise UserError(f"item {position}: has neither text nor picture")
-    return Dialogue((text,), images)

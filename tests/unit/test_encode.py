@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from muco_ds.data.images import ImagePipeline
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.errors import UserError
 from muco_ds.models import encode
 from muco_ds.models.embedder import Embedder
-from muco_ds.models.encode import encode_dialogues, split_by_tokens
+from muco_ds.models.encode import encode_dialogues
+from muco_ds.models.encode_plan import Piece, plan_packs
 from muco_ds.models.probe import probe_dialogues
 
 from tiny_models import OPENING, export, model_folder, pack, packer, picture, stock_embedding
@@ -85,18 +87,80 @@ def test_no_items_give_no_rows(model: Embedder) -> None:
 
 
 @pytest.mark.parametrize("pack_tokens", [1, 60, 150, 400, 10**6])
-def test_packs_keep_order_and_budget(pack_tokens: int) -> None:
+def test_packs_hold_every_turn_once_within_the_budget(pack_tokens: int) -> None:
     dialogues = [*probe_dialogues(), Dialogue(("a",)), Dialogue(("word " * 90,)), *probe_dialogues(), Dialogue(("b",))]
-    packs = split_by_tokens(packer(), dialogues, pack_tokens)
-    assert [i for members in packs for i in members] == list(range(len(dialogues)))
+    plan = plan_packs(packer(), dialogues, pack_tokens, mark_broken=False)
+    assert sorted(row for pack in plan.packs for piece in pack for row in piece.rows) == list(range(plan.rows))
 
-    def tokens(members: list[int]) -> int:
-        return pack([dialogues[i] for i in members], False).tokens
+    def tokens(pieces: list[Piece]) -> int:
+        return pack([Dialogue(tuple(piece.turns), piece.images) for piece in pieces], False).tokens
 
-    assert all(tokens(members) <= pack_tokens or len(members) == 1 for members in packs)
-    # Greedy: the next dialogue would not have fitted (a newline more is counted for a picture without text).
-    for members, following in pairwise(packs):
-        assert tokens([*members, following[0]]) > pack_tokens - 3
+    assert plan.rows == 13
+    for pieces in plan.packs:
+        assert tokens(pieces) <= pack_tokens or sum(len(piece.rows) for piece in pieces) == 1
+    # Next fit: what opened a pack would not have fitted (a newline more is counted for a picture without text).
+    for pieces, (first, *_) in pairwise(plan.packs):
+        opener = Piece(first.images, first.turns if first.images else first.turns[:1])
+        shared = not opener.images and not pieces[-1].images  # the beginning would not be needed again
+        together = [*pieces[:-1], Piece((), pieces[-1].turns + opener.turns)] if shared else [*pieces, opener]
+        assert tokens(together) > pack_tokens - 3
+
+
+def test_dialogues_that_begin_alike_share_their_beginning(file: Path) -> None:
+    one = picture(1)
+    dialogues = [
+        Dialogue(("a",), (one,)),
+        Dialogue(("b",)),
+        Dialogue(("c",), (str(file),)),
+        Dialogue(("d", "e"), (one,)),
+        Dialogue(("f",), (str(file), one)),
+        Dialogue(("g" * 50,)),
+        Dialogue(("h",), (str(file),)),
+        Dialogue(("i",), (picture(1),)),  # equal, but another object: nobody compares pixels
+    ]
+    (pieces,) = plan_packs(packer(), dialogues, 10**6, mark_broken=False).packs
+    found = {tuple(sorted(piece.rows)): len(piece.images) for piece in pieces}
+    assert found == {(0, 3, 4): 1, (1, 6): 0, (2, 7): 1, (5,): 2, (8,): 1}
+    assert pieces[-1].rows == [6, 1]  # longest first
+
+
+def test_questions_about_one_picture_are_torn_apart_only_where_they_must(file: Path) -> None:
+    texts = [Dialogue((text,)) for text in ("a", "b c d e f g h i j k", "d")]
+    asked = Dialogue(tuple("abcdefg"), (str(file),))
+    whole = pack([asked], False).tokens
+    packs = plan_packs(packer(), [*texts, asked, Dialogue(("x",), (picture(2),))], whole, mark_broken=False).packs
+    assert [[len(piece.images) for piece in pieces] for pieces in packs[:1]] == [[1]] and len(packs[0][0].rows) == 7
+    packs = plan_packs(packer(), [asked], whole - 1, mark_broken=False).packs
+    assert [len(pieces[0].rows) for pieces in packs] == [6, 1]
+
+
+def test_items_give_the_same_in_any_order_and_pack(model: Embedder, file: Path) -> None:
+    words = ["the", "red", "star", "and", "a", "blue", "square", "in", "corner", "of", "picture"]
+    rng = np.random.default_rng(0)
+    items: list[Any] = [" ".join(rng.choice(words, rng.integers(1, 60))) for _ in range(12)]
+    items += [{"image": str(file), "text": text} for text in items[:4]] + [{"image": picture(2, 140, 84), "text": "b"}]
+    alone_ND = np.concatenate([model.encode([item]) for item in items])
+    for pack_tokens in (1, 100, 300, None):
+        order = rng.permutation(len(items))
+        got_ND = model.encode([items[i] for i in order], pack_tokens=pack_tokens)
+        np.testing.assert_allclose(got_ND, alone_ND[order], atol=2e-6, rtol=0)
+
+
+def test_windows_are_joined_in_order(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [f"{i} {'word ' * (i % 5)}" for i in range(11)] + [picture(i) for i in range(3)]
+    want_ND = model.encode(items)
+    monkeypatch.setattr(encode, "WINDOW_DIALOGUES", 4)
+    np.testing.assert_allclose(model.encode(items, pack_tokens=60), want_ND, atol=2e-6, rtol=0)
+
+
+def test_a_picture_of_several_items_is_decoded_once(
+    model: Embedder, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    patches = ImagePipeline.patches
+    monkeypatch.setattr(ImagePipeline, "patches", lambda self, ref: decoded.append(ref) or patches(self, ref))
+    model.encode([{"image": str(file), "text": text} for text in "abc"] + ["d"])
+    assert decoded == [str(file)]
 
 
 def test_every_turn_gives_a_row_in_order_whatever_the_packs(model: Embedder) -> None:
@@ -173,7 +237,7 @@ def test_ranks_share_the_packs_and_every_rank_forwards_equally_often(monkeypatch
         monkeypatch.setattr(encode.env, "rank", lambda rank=rank: rank)
         out = encode_dialogues(model, packer(), dialogues, pack_tokens=1, device=torch.device("cpu"), shared=True)
         assert out.shape == (5, 4)
-    assert len(forwards) == 6 and asked == [[1, 1]] * 6
+    assert forwards == [1, 1, 1, 1, 1, 0] and asked == [[1, 1], [1, 1], [1, 0]] * 2
 
 
 def test_a_folder_that_was_not_exported_is_refused() -> None:
