@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ PRESETS = {
         _text(384, 1024, 4, 6, 2),
         _vision(256, 4, 4),
         [8, 12, 12],
-        224,
+        112,
         (4, 16),
         (2, 4, 8, 16, 32),
     ),
@@ -169,14 +170,14 @@ def workloads(writer: Writer, items: int) -> dict[str, Workload]:
     mixed: list[Any] = writer.texts(items - items // 4)
     mixed += [{"image": path, "text": writer.text(12)} for path in paths[: items // 8]] + pictures[-(items // 8) :]
     order = writer.rng.permutation(len(mixed))
-    asked = [{"image": path, "text": writer.text(writer.rng.integers(6, 30))} for path in paths for _ in range(7)]
-    found = {
+    asked = [{"image": path, "text": writer.text(int(writer.rng.integers(6, 30)))} for path in paths for _ in range(7)]
+    found: dict[str, list[Any]] = {
         "texts": writer.texts(items),
         "pictures": pictures,
         "mixed": [mixed[i] for i in order],
         "seven_questions": asked,
     }
-    return {name: Workload(list(given), len(given)) for name, given in found.items()}
+    return {name: Workload(given, len(given)) for name, given in found.items()}
 
 
 class Theirs:
@@ -216,7 +217,7 @@ class Theirs:
             for batch_size in self.batch_sizes:
                 setting = kind, batch_size
                 try:
-                    seconds[setting] = min(timed(lambda s=setting: self.encode(workload, s)) for _ in range(2))
+                    seconds[setting] = min(timed(partial(self.encode, workload, setting)) for _ in range(2))
                 except torch.OutOfMemoryError:
                     break
         best = min(seconds, key=seconds.__getitem__)
