@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
 from muco_ds.config import BatchOptions, DataOptions, LossOptions, ModelOptions, OptimOptions, RunConfig, RunOptions
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env
@@ -45,10 +46,10 @@ def write_inputs(folder: Path) -> None:
     Qwen2VLForConditionalGeneration(config).save_pretrained(folder / "model")
 
 
-def run_config(folder: Path, checkpointing: bool, pack_tokens: int) -> RunConfig:
+def run_config(folder: Path, checkpointing: float, pack_tokens: int) -> RunConfig:
     return RunConfig(
         run=RunOptions(name="cache", dir=str(folder / "runs"), max_steps=1, precision="fp32"),
-        model=ModelOptions(str(folder / "model"), freeze_vision=True, activation_checkpointing=checkpointing),
+        model=ModelOptions(str(folder / "model"), activation_checkpointing=ActivationCheckpointing(checkpointing)),
         data=DataOptions(
             str(folder / "data" / "train.parquet"), str(folder / "data" / "images"), min_pixels=3136, max_pixels=7056
         ),
@@ -61,7 +62,7 @@ def run_config(folder: Path, checkpointing: bool, pack_tokens: int) -> RunConfig
 class Side:
     """A Trainer with its batch."""
 
-    def __init__(self, folder: Path, checkpointing: bool, pack_tokens: int) -> None:
+    def __init__(self, folder: Path, checkpointing: float, pack_tokens: int) -> None:
         self.trainer = Trainer(run_config(folder, checkpointing, pack_tokens), env.start())
         batch = self.trainer.data.steps(1)[0]
         assert isinstance(batch, StepBatch)
@@ -81,7 +82,7 @@ class Side:
             self.trainer.task.embedder.features(pack)
 
 
-def measure(folder: Path, checkpointing: bool, packs: int, repeats: int) -> dict:
+def measure(folder: Path, checkpointing: float, packs: int, repeats: int) -> dict:
     one = Side(folder, checkpointing, pack_tokens=10**6)
     several = Side(folder, checkpointing, int(one.batch.cost["llm_tokens"] / packs * 1.05))
     assert len(one.batch.packs) == 1 and len(several.batch.packs) == packs, len(several.batch.packs)
@@ -96,7 +97,7 @@ def measure(folder: Path, checkpointing: bool, packs: int, repeats: int) -> dict
     text = {name: spread[name]["p50"] - vision for name in ("one pack", "cache")}
     return {
         "benchmark": "gradient_cache",
-        "activation_checkpointing": checkpointing,
+        "activation_checkpointing": checkpointing,  # share of the text tower's layers
         "packs": packs,
         "images": IMAGES,
         "llm_tokens": int(one.batch.cost["llm_tokens"]),
@@ -115,7 +116,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         write_inputs(Path(name))
-        for checkpointing in (False, True):
+        for checkpointing in (0.0, 1.0):
             found = measure(Path(name), checkpointing, args.packs, args.repeats)
             record(ROOT / "benchmarks" / "results" / "gradient_cache.jsonl", {**found, **provenance()})
     env.stop()

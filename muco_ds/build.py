@@ -40,6 +40,7 @@ from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
 from muco_ds.models.head import check_head, tied, vocabulary_head
 from muco_ds.models.lora import add_adapter
+from muco_ds.models.recompute import recompute_layers
 from muco_ds.optim import build_optimizer
 from muco_ds.tasks.base import Task
 from muco_ds.tasks.compress import CompressTask
@@ -268,9 +269,7 @@ def build_engine(
         )
         raise UserError(problem, on_every_rank=True)
     model = _build_model(config, processing, ds_config if stage == 3 else None)
-    if config.model.activation_checkpointing:
-        # The name before transformers 5.23, which Python 3.10 is left with, is gradient_checkpointing_enable.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    recompute_layers(model, config.model.activation_checkpointing, freeze_vision=config.model.freeze_vision)
     with env.agreement():  # a head of its own is read here; the engine will partition it
         task = build_task(config, Embedder(model, freeze_vision=config.model.freeze_vision))
     if stage < 3:

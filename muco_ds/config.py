@@ -19,12 +19,16 @@ from typing import Literal
 
 import yaml
 
+from muco_ds.config_activations import RANGES as ACTIVATION_RANGES
+from muco_ds.config_activations import ActivationCheckpointing, check_activations
 from muco_ds.config_curriculum import RANGES as CURRICULUM_RANGES
 from muco_ds.config_curriculum import CurriculumOptions, check_curriculum
 from muco_ds.config_lora import LoraOptions, check_adapter
 from muco_ds.config_loss import RANGES as LOSS_RANGES
 from muco_ds.config_loss import LossOptions, TemperatureOptions
 from muco_ds.config_matryoshka import check_sizes
+from muco_ds.config_optim import RANGES as OPTIM_RANGES
+from muco_ds.config_optim import OptimOptions
 from muco_ds.config_task import PromptOptions, TaskOptions, check_compress, check_task
 from muco_ds.errors import UserError
 
@@ -73,7 +77,7 @@ class ModelOptions:
         template: Text around a turn: the backbone's "chat" format (MuCo), or none, "plain" (CoMa).
         freeze_vision: Keep the vision tower's weights fixed (paper: yes).
         attention: Backend of the packed attention; "auto" takes the fastest that is installed.
-        activation_checkpointing: Recompute activations in the backward pass: less memory, about a third more compute.
+        activation_checkpointing: Recompute layers in the backward pass: less memory, up to a third more compute.
         lora: Train an adapter in place of the weights.
     """
 
@@ -83,7 +87,7 @@ class ModelOptions:
     template: Literal["chat", "plain"] = "chat"
     freeze_vision: bool = True
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
-    activation_checkpointing: bool = True
+    activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     lora: LoraOptions = field(default_factory=LoraOptions)
 
 
@@ -148,35 +152,6 @@ class BatchOptions:
     images: int = 1024
     pack_tokens: int = 16384
     source_run: int = 1
-
-
-@dataclass
-class OptimOptions:
-    """AdamW and its schedule.
-
-    Args:
-        lr: Peak learning rate (paper: 5e-5).
-        vision_lr: That of a trained vision tower, on the same schedule; null: `lr`.
-        warmup_steps: Steps of linear warm-up from 0 to `lr`.
-        schedule: After the warm-up: "constant" (paper) or "cosine" down to 0 at the last step.
-        weight_decay: Decoupled decay of matrices; never applied to norms and biases (CoMa paper: 0).
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the denominator.
-        max_grad_norm: Gradients are scaled down to this global L2 norm; 0: no clipping.
-        max_skipped: A step whose gradient is not finite is skipped; the run ends at this many in a row.
-    """
-
-    lr: float = 5e-5
-    vision_lr: float | None = None
-    warmup_steps: int = 100
-    schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    max_skipped: int = 5
 
 
 @dataclass
@@ -273,6 +248,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "task.target_history": (0, True, 1),
     "task.negatives": (0, True, math.inf),
     "task.turns": (1, True, math.inf),
+    **ACTIVATION_RANGES,
     **CURRICULUM_RANGES,
     "data.workers": (0, True, math.inf),
     "data.min_pixels": (1, True, math.inf),
@@ -281,15 +257,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "batch.images": (2, True, math.inf),  # one example has no negatives
     "batch.pack_tokens": (1, True, math.inf),
     "batch.source_run": (1, True, math.inf),
-    "optim.lr": (0, False, math.inf),
-    "optim.vision_lr": (0, False, math.inf),
-    "optim.warmup_steps": (0, True, math.inf),
-    "optim.weight_decay": (0, True, math.inf),
-    "optim.beta1": (0, True, 1 - 1e-9),
-    "optim.beta2": (0, True, 1 - 1e-9),
-    "optim.eps": (0, False, math.inf),
-    "optim.max_grad_norm": (0, True, math.inf),
-    "optim.max_skipped": (1, True, math.inf),
+    **OPTIM_RANGES,
     **LOSS_RANGES,
     "validation.every": (0, True, math.inf),
     "validation.rows": (1, True, math.inf),
@@ -329,6 +297,7 @@ def validate(config: RunConfig) -> None:
             f"{config.model.compression_tokens}: leave out one of the two"
         )
     check_adapter(config.model.lora, config.model.freeze_vision, optim.vision_lr)
+    check_activations(config.model.activation_checkpointing, config.model.freeze_vision)
     if config.batch.images % config.batch.source_run:
         problem = f"batch.source_run is {config.batch.source_run}, which does not divide batch.images"
         raise UserError(f"{problem}, {config.batch.images}: set it to a divisor")

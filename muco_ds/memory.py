@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
 from muco_ds.families import FAMILIES, vision_shape
 from muco_ds.memory_activations import NO_ADAPTER, Activations, Head, Load, activation_bytes, feature_bytes
@@ -69,7 +70,7 @@ def estimate(
     world_size: int,
     precision: str,
     freeze_vision: bool,
-    activation_checkpointing: bool,
+    activation_checkpointing: ActivationCheckpointing,
     fused_attention: bool = True,
     lora: LoraOptions = NO_ADAPTER,
     new_tokens: int = 0,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
 from muco_ds.families import TextShape, VisionShape, text_shape, vision_shape
 from muco_ds.losses.linear_cross_entropy import chunk_rows
@@ -47,15 +48,16 @@ def activation_bytes(
     *,
     width: int,
     freeze_vision: bool,
-    checkpointing: bool,
+    checkpointing: ActivationCheckpointing,
     fused_attention: bool,
     lora: LoraOptions = NO_ADAPTER,
 ) -> Activations:
     """What is held for the backward pass of the largest pack, and the most, with the buffers of the layer at work.
 
-    Without checkpointing everything that autograd keeps; with it the input of each layer and one layer's worth at a
-    time. The text tower goes first in the backward pass, when what the vision tower keeps is still there. A frozen
-    vision tower keeps nothing but must get through one block at a time before the text tower begins.
+    Of a layer that is recomputed its input, of any other all that autograd keeps. Recomputing, the backward pass needs
+    one layer's worth more, at a time when the layers above have let go of theirs: of the text tower's at least the last
+    one's. The text tower goes first, when what the vision tower keeps is still there. A frozen vision tower keeps
+    nothing but must get through one block at a time before the text tower begins.
     """
     text, vision = text_shape(backbone), vision_shape(backbone)
     text_layer = text_layer_bytes(text, load.tokens, load.attended, width, fused_attention)
@@ -75,15 +77,13 @@ def activation_bytes(
     positions = vision.position_taps * (width + 4) * vision.width * load.patches
     if freeze_vision:
         vision_kept, vision_peak = feature_bytes(vision, load.patches, width), max(2 * block_inputs + mlp, positions)
-    elif checkpointing:
-        vision_kept = vision.depth * block_inputs + merger
-        vision_peak = vision_kept + block + mlp
     else:
-        vision_kept = vision_peak = vision.depth * block + merger
-    before = text.layers * (layer_inputs if checkpointing else text_layer)
-    at_work = text_working + (text_layer if checkpointing else 0)
-    kept = rotary + before + vision_kept
-    return Activations(kept, max(kept + at_work, vision_peak))
+        recomputed = checkpointing.vision_layers(vision.depth)
+        vision_kept = recomputed * block_inputs + (vision.depth - recomputed) * block + merger
+        vision_peak = vision_kept + (block if recomputed == vision.depth else 0) + mlp
+    recomputed = checkpointing.text_layers(text.layers)
+    kept = rotary + recomputed * layer_inputs + (text.layers - recomputed) * text_layer + vision_kept
+    return Activations(kept, max(kept + text_working, vision_peak))
 
 
 def adapter_bytes(linears: list[tuple[int, int]], rows: int, width: int, lora: LoraOptions) -> int:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from muco_ds.build import Data, build_data
 from muco_ds.config import RunConfig
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.data.assign import least_pack_tokens
 from muco_ds.data.plan import Plan, StepPlan, spread_steps
 from muco_ds.data.stages.base import longest_rows
@@ -21,6 +22,7 @@ from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.memory import GIB, Memory, estimate
 from muco_ds.memory_activations import Load
 from muco_ds.models.backbones import load_config, new_rows
+from muco_ds.sizing import choices, least, overrides, with_checkpointing
 
 POOR_FILL = 0.9
 _SPARE_TOKENS = 1.01  # of an advised budget: steps that were not looked at may need a little more
@@ -170,7 +172,7 @@ def advise(config: RunConfig, data: Data, ranks: int, planned: list[Planned], gp
             advice.append(f"{text} would bring it to {total / GIB:.1f} GiB")
     if not any("would bring" in line for line in advice):
         advice.append(
-            "no single change suffices: combine more ranks, model.activation_checkpointing=true, "
+            "no single change suffices: combine more ranks, model.activation_checkpointing of 1, "
             f"a smaller batch.pack_tokens (the longest row needs {longest}) and deepspeed={_OFFLOAD}"
         )
     return advice
@@ -179,9 +181,14 @@ def advise(config: RunConfig, data: Data, ranks: int, planned: list[Planned], gp
 def _cures(config: RunConfig, data: Data, ranks: int, load: Load, limit: float, longest: int) -> list[tuple[str, int]]:
     """Single changes, and the estimated total with each."""
     cures = []
-    if not config.model.activation_checkpointing:
-        changed = replace(config, model=replace(config.model, activation_checkpointing=True))
-        cures.append(("model.activation_checkpointing=true", estimated(changed, data, ranks, load).total))
+
+    def recomputing(choice: ActivationCheckpointing) -> int:
+        return estimated(with_checkpointing(config, choice), data, ranks, load).total
+
+    options = choices(config.model.activation_checkpointing, load_config(config.model.path), config.model.freeze_vision)
+    if (choice := least(options, recomputing, limit)) is not None:
+        keys = " ".join(f"{key}={share:g}" for key, share in overrides(choice).items())
+        cures.append((keys, recomputing(choice)))
     budget = load.tokens
     while budget > longest:
         budget = max(longest, budget // 2)

@@ -43,6 +43,7 @@ from muco_ds.config import (
     TaskOptions,
     TemperatureOptions,
 )
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.plan import Plan, StepPlan
 from muco_ds.data.schema import StepBatch
@@ -69,7 +70,7 @@ class Setting:
 
     packs: int
     stage: int
-    checkpointing: bool
+    checkpointing: float  # share of the layers
     frozen: bool
     finetune: bool = False
 
@@ -101,8 +102,8 @@ class Errors:
 
 
 def grid() -> list[Setting]:
-    cells = [Setting(*cell) for cell in product((1, 3), (0, 2, 3), (False, True), (True, False))]
-    return [*cells, *(Setting(3, stage, False, frozen=stage == 2, finetune=True) for stage in (0, 2, 3))]
+    cells = [Setting(*cell) for cell in product((1, 3), (0, 2, 3), (0.0, 1.0), (True, False))]
+    return [*cells, *(Setting(3, stage, 0.0, frozen=stage == 2, finetune=True) for stage in (0, 2, 3))]
 
 
 def write_rows(folder: Path, scenes: int = 80, kind: str = "qwen2_vl") -> None:
@@ -138,7 +139,9 @@ def run_config(folder: Path, setting: Setting, margin: float) -> RunConfig:
     return RunConfig(
         run=RunOptions(name=name, dir=str(folder / "runs"), max_steps=STEPS, precision="fp32", seed=3),
         model=ModelOptions(
-            str(folder / "model"), freeze_vision=setting.frozen, activation_checkpointing=setting.checkpointing
+            str(folder / "model"),
+            freeze_vision=setting.frozen,
+            activation_checkpointing=ActivationCheckpointing(setting.checkpointing),
         ),
         data=DataOptions(
             str(data / ("pairs_train.parquet" if setting.finetune else "train.parquet")),
@@ -233,7 +236,7 @@ def reference(folder: Path, frozen: bool, finetune: bool) -> tuple[Outcome, floa
     """
     for margin in MARGINS:
         with nearest_to_limit() as nearest:
-            outcome = plain_loop(run_config(folder, Setting(1, 0, False, frozen, finetune), margin), frozen)
+            outcome = plain_loop(run_config(folder, Setting(1, 0, 0.0, frozen, finetune), margin), frozen)
         if min(nearest, default=1.0) > 5e-6:
             return outcome, margin
     raise AssertionError(f"some key is near the limit at each of {MARGINS}")

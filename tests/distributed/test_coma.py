@@ -28,6 +28,7 @@ from muco_ds.config import (
     RunOptions,
     TaskOptions,
 )
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.schema import StepBatch
 from muco_ds.distributed.testing import run_distributed
@@ -89,7 +90,7 @@ def run_config(folder: Path, case: Case) -> RunConfig:
             str(folder / ("tied" if case.tied else "untied")),
             compression_tokens=case.tokens,
             freeze_vision=False,
-            activation_checkpointing=False,
+            activation_checkpointing=ActivationCheckpointing(0),
         ),
         data=DataOptions(
             str(folder / "rows.jsonl"),

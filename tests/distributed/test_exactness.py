@@ -11,15 +11,15 @@ from exactness import Setting, measure, write_rows
 pytestmark = pytest.mark.distributed
 
 CELLS = {
-    1: [Setting(3, 0, checkpointing=True, frozen=False), Setting(3, 3, checkpointing=False, frozen=True)],
+    1: [Setting(3, 0, checkpointing=1, frozen=False), Setting(3, 3, checkpointing=0, frozen=True)],
     2: [
-        Setting(1, 0, checkpointing=False, frozen=False),
-        Setting(3, 3, checkpointing=True, frozen=True),
-        Setting(3, 2, checkpointing=False, frozen=False),
-        Setting(3, 3, checkpointing=False, frozen=False, finetune=True),
-        Setting(1, 3, checkpointing=True, frozen=False),
+        Setting(1, 0, checkpointing=0, frozen=False),
+        Setting(3, 3, checkpointing=1, frozen=True),
+        Setting(3, 2, checkpointing=0, frozen=False),
+        Setting(3, 3, checkpointing=0, frozen=False, finetune=True),
+        Setting(1, 3, checkpointing=0.5, frozen=False),
     ],
-    4: [Setting(3, 3, checkpointing=False, frozen=False), Setting(1, 2, checkpointing=True, frozen=True)],
+    4: [Setting(3, 3, checkpointing=0, frozen=False), Setting(1, 2, checkpointing=1, frozen=True)],
 }
 
 
@@ -37,7 +37,7 @@ def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-QWEN3_CELLS = [Setting(3, 3, checkpointing=True, frozen=False), Setting(3, 3, checkpointing=False, frozen=True)]
+QWEN3_CELLS = [Setting(3, 3, checkpointing=1, frozen=False), Setting(3, 3, checkpointing=0, frozen=True)]
 
 
 def test_deep_stacked_features_go_through_the_gradient_cache_exactly(qwen3_folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.data.collator import QUERY, Side
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.schema import Dialogue, PackedBatch
@@ -18,6 +19,7 @@ from muco_ds.models.backbones import load_backbone
 from muco_ds.models.demo_model import write_model
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
+from muco_ds.models.recompute import recompute_layers
 
 from tiny_folders import KINDS, change_family
 
@@ -36,7 +38,7 @@ def embedder_and_packs(folder: Path, checkpointing: bool) -> tuple[Embedder, lis
     vocabulary = len(processing.tokenizer)
     model = load_backbone(str(folder), dtype=torch.float32, attention="sdpa", vocabulary=vocabulary)
     if checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        recompute_layers(model, ActivationCheckpointing(), freeze_vision=False)
     ids_k3 = torch.zeros(2, 3, dtype=torch.int64).numpy()
     packer = processing.packer()
     packs = [packer.pack([Side(QUERY, dialogue, True, ids_k3)], replace_broken=False) for dialogue in DIALOGUES]

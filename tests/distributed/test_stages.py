@@ -32,6 +32,7 @@ from muco_ds.config import (
     RunOptions,
     TaskOptions,
 )
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_curriculum import CurriculumOptions
 from muco_ds.data.demo_scenes import row_texts, write_data
 from muco_ds.data.images import decode
@@ -157,7 +158,7 @@ def run_config(folder: Path, case: Case) -> RunConfig:
         model=ModelOptions(
             str(folder / "model"),
             freeze_vision=False,
-            activation_checkpointing=False,
+            activation_checkpointing=ActivationCheckpointing(0),
             compression_tokens=case.compression_tokens,
             template=case.template,
         ),

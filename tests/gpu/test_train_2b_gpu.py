@@ -72,7 +72,7 @@ def train_two_steps(root: Path, recipe: str, rows: str) -> list[dict[str, Any]]:
         *("--run.name", "two_steps", "--run.dir", str(root / "runs"), "--run.max_steps", "2"),
         *("--run.precision", "bf16", "--optim.warmup_steps", "1", "--optim.lr", "1e-5"),
         *("--model.path", str(root / "model"), "--model.freeze_vision", "true"),
-        *("--model.activation_checkpointing", "true", "--data.train", str(root / "data" / rows)),
+        *("--model.activation_checkpointing.text", "1", "--data.train", str(root / "data" / rows)),
         *("--data.val", str(root / "data" / "test.parquet"), "--data.images", str(root / "data" / "images")),
         *("--data.index_dir", str(root / "index"), "--batch.images", "8"),
         *("--validation.every", "0", "--log.every", "1"),

@@ -174,7 +174,7 @@ class Demo:
         """Four short fp32 steps without validation; tests override what they are about."""
         recipe: dict[str, Any] = {
             "run": {"name": "run", "max_steps": 4, "precision": "fp32"},
-            "model": {"path": str(self.model), "freeze_vision": False, "activation_checkpointing": False},
+            "model": {"path": str(self.model), "freeze_vision": False, "activation_checkpointing": {"text": 0.0}},
             "task": {"query_history": 0.5, "target_history": 0.5},
             "data": {
                 **{"train": str(self.data / "train.parquet"), "images": str(self.data / "images")},

@@ -104,7 +104,7 @@ def test_several_packs_train_as_one(
     stage: int, demo: Demo, programs: Programs, zero3: tuple[Path, dict[str, object]], plain: Path, tmp_path: Path
 ) -> None:
     path = write_partitioned(tmp_path) if stage == 3 else write_stage(tmp_path, stage)
-    overrides = {**DORA, "deepspeed": path, "batch.pack_tokens": 340, "model.activation_checkpointing": "true"}
+    overrides = {**DORA, "deepspeed": path, "batch.pack_tokens": 340, "model.activation_checkpointing.text": 1}
     programs.run(demo.train(tmp_path, overrides), ranks=2).check()
     assert_close(tmp_path, plain)
     norms = [[line["grad_norm"] for line in metrics(out)] for out in (tmp_path, zero3[0])]

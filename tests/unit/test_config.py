@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from muco_ds.config import RunConfig, Source, check_paths, save_config, validate
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_cli import load_config, parse_args
 from muco_ds.config_lora import LoraOptions
 from muco_ds.errors import UserError
@@ -197,6 +198,12 @@ def test_command_line_mistakes_are_one_line(recipe: Path) -> None:
             {"lora": LoraOptions(rank=1, targets="tokens", train_embeddings="none")},
             ["model.lora.targets is tokens", "model.lora.train_embeddings is none", "new or all"],
         ),
+        (
+            "model",
+            {"activation_checkpointing": ActivationCheckpointing(1.0, 0.5)},
+            ["model.activation_checkpointing.vision is 0.5", "model.freeze_vision is true", "null"],
+        ),
+        ("model", {"activation_checkpointing": ActivationCheckpointing(1.5)}, ["activation_checkpointing.text is 1.5"]),
         ("optim", {"vision_lr": 1e-4}, ["optim.vision_lr", "0.0001", "model.freeze_vision"]),
         ("optim", {"vision_lr": 0.0}, ["optim.vision_lr", "0.0"]),
     ],

@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.models.attention import segment_attention
 from muco_ds.models.embedder import DeviceRoom, Embedder, KeptVision
+from muco_ds.models.recompute import recompute_layers
 
 from tiny_folders import KINDS
 from tiny_models import POOL_TOKENS, embedder, new_embedder, pack, packer, picture, stock_dialogue, stock_model
@@ -213,15 +215,26 @@ def test_gradients_are_the_sum_of_those_of_the_stock_model_on_each_turn_alone(ki
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
+    """Of text layers the first ones are recomputed and never the last, of vision layers the first ones."""
     model = new_embedder(kind).train()
     batch = mixed_pack(kind)
     want = gradients(model, batch)
-    calls = []
-    model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.model.activation_checkpointing_enable()
-    got = gradients(model, batch)
-    assert len(calls) == 2  # else nothing was recomputed
-    assert_same(got, want, 1e-5)
+    text, vision = model.model.language_model.layers, model.model.visual.blocks
+    calls: list[torch.nn.Module] = []
+    for layer in (*text, *vision):
+        layer.mlp.register_forward_pre_hook(lambda mlp, _: calls.append(mlp))
+    for options, n_text, n_vision in (
+        (ActivationCheckpointing(), len(text) - 1, len(vision)),
+        (ActivationCheckpointing(0.01), 1, 1),
+        (ActivationCheckpointing(0.0, 0.5), 0, -(-len(vision) // 2)),
+        (ActivationCheckpointing(0.0), 0, 0),
+    ):
+        recompute_layers(model.model, options, freeze_vision=False)
+        calls.clear()
+        got = gradients(model, batch)
+        twice = [*[i < n_text for i in range(len(text))], *[i < n_vision for i in range(len(vision))]]
+        assert [calls.count(layer.mlp) == 2 for layer in (*text, *vision)] == twice, options
+        assert_same(got, want, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,11 +18,13 @@ LEVELS = [
         "errors",
         "compression_pooling",
         "config",
+        "config_activations",
         "config_cli",
         "config_curriculum",
         "config_lora",
         "config_loss",
         "config_matryoshka",
+        "config_optim",
         "config_task",
         "ds_config",
         "ops",
@@ -40,7 +42,7 @@ LEVELS = [
     {"memory", "memory_activations", "tasks"},
     {"checkpoint", "eval", "factory", "mining"},
     {"nonfinite", "build", "export", "export_adapter", "export_st", "reshard", "resume"},
-    {"preflight", "trainer"},
+    {"preflight", "sizing", "trainer"},
     {"launch", "tools"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
 from muco_ds.data.schema import Dialogue
 from muco_ds.distributed.gradient_cache import cached_backward
@@ -20,6 +21,7 @@ from muco_ds.export_adapter import ROWS, Adapter, Weight
 from muco_ds.models.backbones import load_backbone, load_config, load_tokenizer, new_rows
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.lora import TABLE, TrainedRows, add_adapter, base_digest
+from muco_ds.models.recompute import recompute_layers
 
 from tiny_folders import KINDS
 from tiny_models import embedder, model_folder, new_embedder, pack, picture, processing
@@ -155,7 +157,7 @@ def test_both_passes_of_the_gradient_cache_leave_out_the_same(targets: Any, chec
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=generator)
     if checkpointing:
-        getattr(model.model, "activation_checkpointing_enable", model.model.gradient_checkpointing_enable)()
+        recompute_layers(model.model, ActivationCheckpointing(), freeze_vision=targets != "all")
     engine = Engine(model).train()
     packs = [pack([dialogue], True) for dialogue in DIALOGUES]
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.lora import TABLE, add_adapter
+from muco_ds.models.recompute import recompute_layers
 
 from tiny_models import model_folder, pack, picture
 
@@ -87,7 +89,7 @@ def on_a_rank(folder: Path, packed: PackedBatch) -> dict[str, tuple[int, dict[st
         embedder = build(folder, options)
         del partitioned
         if kind == CHECKPOINTED:
-            embedder.model.activation_checkpointing_enable()
+            recompute_layers(embedder.model, ActivationCheckpointing(), freeze_vision=embedder.freeze_vision)
         trained = [parameter for parameter in embedder.parameters() if parameter.requires_grad]
         engine, *_ = deepspeed.initialize(
             model=embedder, optimizer=torch.optim.AdamW(trained, lr=0.0, fused=True), config=config

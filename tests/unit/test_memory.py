@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Qwen2VLConfig, Qwen3VLConfig
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed.testing import run_distributed
@@ -23,6 +24,7 @@ from muco_ds.models.attention import register_attention
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.embedder import KEPT_ON_DEVICE, Embedder
 from muco_ds.models.lora import add_adapter
+from muco_ds.models.recompute import recompute_layers
 
 from tiny_models import model_folder, new_embedder, pack, picture
 
@@ -94,7 +96,12 @@ def test_states_are_those_of_deepspeed() -> None:
 
 
 def tiny_estimate(config: Any, json_tree: dict[str, Any], load: Load, **options: Any) -> Memory:
-    defaults = {"vocabulary": 0, "precision": "fp32", "freeze_vision": True, "activation_checkpointing": False}
+    defaults = {
+        "vocabulary": 0,
+        "precision": "fp32",
+        "freeze_vision": True,
+        "activation_checkpointing": ActivationCheckpointing(0),
+    }
     return estimate(config, json_tree, load, **{**defaults, **options})
 
 
@@ -145,7 +152,7 @@ def peak_bytes(embedder: Embedder, batch: PackedBatch) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("share", [1, 0.5, 0], ids=["checkpointing", "half", "plain"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -159,12 +166,12 @@ def peak_bytes(embedder: Embedder, batch: PackedBatch) -> int:
     ],
 )
 def test_activations_are_what_is_really_needed(
-    kind: str, big: bool, history: bool, precision: str, frozen: bool, checkpointing: bool
+    kind: str, big: bool, history: bool, precision: str, frozen: bool, share: float
 ) -> None:
     dtype = DTYPES[precision]
     made = bigger(dtype, frozen, kind) if big else new_embedder(kind, dtype=dtype, freeze_vision=frozen)
-    if checkpointing:
-        getattr(made.model, "activation_checkpointing_enable", made.model.gradient_checkpointing_enable)()
+    checkpointing = ActivationCheckpointing(share)
+    recompute_layers(made.model, checkpointing, freeze_vision=frozen)
     batch = packed(8, history, kind)
     estimated = activation_bytes(
         made.model.config,
@@ -177,7 +184,7 @@ def test_activations_are_what_is_really_needed(
     assert estimated.peak == pytest.approx(peak_bytes(made, batch), rel=0.2)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("share", [1, 0], ids=["checkpointing", "plain"])
 @pytest.mark.parametrize(
     "lora",
     [
@@ -189,7 +196,7 @@ def test_activations_are_what_is_really_needed(
         LoraOptions(rank=1, dora=True, targets="tokens", train_embeddings="all"),
     ],
 )
-def test_activations_beside_an_adapter(lora: LoraOptions, checkpointing: bool) -> None:
+def test_activations_beside_an_adapter(lora: LoraOptions, share: float) -> None:
     frozen = lora.targets != "all"
     made, batch = bigger(torch.bfloat16, frozen), packed(8, True)
     config = made.model.config
@@ -197,8 +204,8 @@ def test_activations_beside_an_adapter(lora: LoraOptions, checkpointing: bool) -
     expected = [(p.numel(), p.requires_grad) for p in made.model.parameters()]
     found = [(weight.numel, weight.trained) for weight in parameters(config, 0, frozen, lora, new_tokens=3)]
     assert sorted(found) == sorted(expected)
-    if checkpointing:
-        getattr(made.model, "activation_checkpointing_enable", made.model.gradient_checkpointing_enable)()
+    checkpointing = ActivationCheckpointing(share)
+    recompute_layers(made.model, checkpointing, freeze_vision=frozen)
     options: dict[str, Any] = {"width": 2, "freeze_vision": frozen, "checkpointing": checkpointing, "lora": lora}
     estimated = activation_bytes(config, load_of(batch), fused_attention=False, **options)
     assert estimated.peak == pytest.approx(peak_bytes(made, batch), rel=0.2)
@@ -266,7 +273,11 @@ def test_the_released_2b() -> None:
     everything, trained = (sum(w.numel for w in part) for part in (weights, [w for w in weights if w.trained]))
     assert everything == pytest.approx(2.209e9, rel=1e-3) and trained == pytest.approx(1.5437e9, rel=1e-3)
     load = Load(1, 18000, 18000, 72000, 72000, 224, 7168)
-    options: dict[str, Any] = {"world_size": 64, "precision": "bf16", "activation_checkpointing": True}
+    options: dict[str, Any] = {
+        "world_size": 64,
+        "precision": "bf16",
+        "activation_checkpointing": ActivationCheckpointing(),
+    }
     zero2, zero3, offload = (
         tiny_estimate(config, shipped(name), load, **options) for name in ("zero2", "zero3", "zero3_offload")
     )
@@ -280,7 +291,7 @@ def test_the_released_2b() -> None:
     assert zero3.update == 151936 * 1536 * (4 + 4 + 4)
     # Layers' inputs, and one layer's norms, attention, MLP and its gradients.
     layer = 2 * 8 * 1536 + 2 * (2 * 1536 + 2 * 256) + 4 * 12 + (4 + 3) * 2 * 8960
-    assert zero3.activations == pytest.approx(18000 * (28 * 2 * 1536 + layer + 2 * 2 * 128 + 2 * 1536), rel=1e-2)
+    assert zero3.activations == pytest.approx(18000 * (27 * 2 * 1536 + layer + 2 * 2 * 128 + 2 * 1536), rel=1e-2)
     assert 8 * GIB < zero3.total < 12 * GIB
 
 
@@ -310,7 +321,7 @@ def test_what_a_change_costs_or_saves() -> None:
     several = replace(load, packs=3, rank_patches=3 * 72000)
 
     def memory(load: Load = load, **options: Any) -> Memory:
-        defaults = {"world_size": 8, "precision": "bf16", "activation_checkpointing": True}
+        defaults = {"world_size": 8, "precision": "bf16", "activation_checkpointing": ActivationCheckpointing()}
         return tiny_estimate(config, shipped("zero3"), load, **{**defaults, **options})
 
     trained = sum(w.numel for w in parameters(config, 0, freeze_vision=True) if w.trained)
@@ -318,7 +329,7 @@ def test_what_a_change_costs_or_saves() -> None:
     assert memory(several).inputs - memory().inputs == 2 * 1536 * 3 * 72000 // 4  # the vision tower's output
     many = replace(load, packs=99, rank_patches=99 * 72000)
     assert memory(many).inputs - memory().inputs == KEPT_ON_DEVICE  # and no more than that
-    assert memory(activation_checkpointing=False).activations > 10 * memory().activations
+    assert memory(activation_checkpointing=ActivationCheckpointing(0)).activations > 10 * memory().activations
     assert memory(freeze_vision=False).optimizer > memory().optimizer
     assert memory(world_size=64).total < memory().total
     assert memory(vocabulary=200_000).weights - memory().weights == 2 * (200_000 - 151_936) * 1536 // 8
@@ -334,7 +345,7 @@ def test_parts_by_hand() -> None:
     assert text_layer_bytes(text, 1, 2, 2, fused=False) == fused + 2 * (1536 + 2 * 2 * (1536 - 256))
     block = 2 * (4 * 1280 + 6 * 1280 + 3 * 5120) + 4 * 16
     assert vision_block_bytes(vision, 1, 2, fused=True) == block
-    options: dict[str, Any] = {"width": 2, "checkpointing": False, "fused_attention": True}
+    options: dict[str, Any] = {"width": 2, "checkpointing": ActivationCheckpointing(0), "fused_attention": True}
     load = Load(1, 1000, 1000, 4000, 4000, 14, 14)
     frozen, trained = (activation_bytes(config, load, freeze_vision=f, **options) for f in (True, False))
     assert trained.peak - frozen.peak == 4000 * (32 * block + 4 * 2 * 1280) - 2 * 1536 * 1000

@@ -12,12 +12,14 @@ from test_memory import bigger, ds_config, load_of, packed, released, shipped, t
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
 from muco_ds.data.schema import PackedBatch
 from muco_ds.memory import Memory, vocabulary_head
 from muco_ds.memory_activations import Head, Load
 from muco_ds.models.head import VocabularyHead
 from muco_ds.models.lora import TrainedRows, add_adapter
+from muco_ds.models.recompute import recompute_layers
 from muco_ds.tasks.compress import CompressTask
 
 VOCABULARY, PREDICTED, NEW = 20_000, 300, [5, 6, 7]
@@ -89,11 +91,10 @@ def test_the_head_needs_what_is_estimated(
     module = importlib.import_module("muco_ds.losses.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCABULARY * chunk)
     task, batch = task_of(tied, lora), conversation_pack()
-    if checkpointing:
-        model = task.embedder.model
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    options = ActivationCheckpointing(float(checkpointing))
+    recompute_layers(task.embedder.model, options, freeze_vision=task.embedder.freeze_vision)
     load = replace(load_of(batch), predicted=PREDICTED)
-    memory = estimated(task, load, lora=lora, activation_checkpointing=checkpointing)
+    memory = estimated(task, load, lora=lora, activation_checkpointing=options)
     found = memory.embeddings + memory.activations + memory.logits
     assert memory.logits > 0.2 * found, "the head does not matter here"
     assert found == pytest.approx(peak_bytes(task, batch), rel=0.05)
@@ -106,7 +107,12 @@ def test_parts_by_hand() -> None:
     several = replace(load, packs=2)
 
     def memory(load: Load = load, **options: Any) -> Memory:
-        defaults = {"world_size": 8, "precision": "bf16", "activation_checkpointing": False, "predicts_tokens": True}
+        defaults = {
+            "world_size": 8,
+            "precision": "bf16",
+            "activation_checkpointing": ActivationCheckpointing(0),
+            "predicts_tokens": True,
+        }
         return tiny_estimate(config, shipped("zero3"), load, **{**defaults, **options})
 
     adapter = LoraOptions(rank=8, targets="attention")
@@ -117,8 +123,9 @@ def test_parts_by_hand() -> None:
     assert tied.embeddings == 4000 * 1536 * (2 + 4 + 2) and adapted.embeddings == 4000 * 1536 * (2 + 4)
     assert tied.update == 12 * numel
     # Where a layer at work needs more than the head at work: the gradient of the table waits beside it.
-    assert memory(activation_checkpointing=True).logits == 2 * numel
-    assert memory(activation_checkpointing=True, lora=adapter, new_tokens=32).logits == 0
+    longer = replace(load, tokens=30_000)
+    assert memory(longer, activation_checkpointing=ActivationCheckpointing()).logits == 2 * numel
+    assert memory(activation_checkpointing=ActivationCheckpointing(), lora=adapter, new_tokens=32).logits == 0
     assert vocabulary_head(config, 200_000) == Head(200_000, 1536, tied=True, trained=True, rows=False)
     assert [vocabulary_head(config, 0, lora, 32).rows for lora in rows] == [True, False]
     config.tie_word_embeddings = False
