@@ -169,6 +169,18 @@ def parameters(
     new_tokens: int = 0,
 ) -> list[Weight]:
     """Every parameter, counted on the meta device, where tensors have no content."""
+    key = (backbone.to_json_string(), vocabulary, freeze_vision, repr(lora), new_tokens)
+    if key not in _counted:  # a tenth of a second, and advice asks many times
+        _counted[key] = _count(backbone, vocabulary, freeze_vision, lora, new_tokens)
+    return list(_counted[key])
+
+
+_counted: dict[tuple[str, int, bool, str, int], list[Weight]] = {}
+
+
+def _count(
+    backbone: PretrainedConfig, vocabulary: int, freeze_vision: bool, lora: LoraOptions, new_tokens: int
+) -> list[Weight]:
     with torch.device("meta"):
         model = FAMILIES[backbone.model_type].model(backbone)
     rows = max(vocabulary, backbone.text_config.vocab_size)
