@@ -1,10 +1,12 @@
-"""What every benchmark shares: times taken side by side, percentiles, and where a number comes from.
+"""What every benchmark shares: times taken side by side, their split, memory, percentiles, where a number comes from.
 
 A line of a result file stands alone: what was run, on what, with which versions of which commit, when.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import json
 import platform
@@ -12,8 +14,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,95 @@ def sample(fns: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) 
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+class Phases:
+    """Seconds of the phases of a run that is slowed down for it: the device is waited for wherever a phase begins or
+    ends, so this is never done to a run that is timed. A phase inside another does not count towards the outer one.
+
+    Used as a context: what was wrapped is as before behind it. `seconds`: by phase, with the rest under "other".
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._stack = ["other"]
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Phases:
+        self._switch_at = _now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._switch()
+        self._undo.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._begin(name)
+        try:
+            yield
+        finally:
+            self._end()
+
+    def wrap(self, owner: Any, attribute: str, name: str) -> None:
+        """Every call of a function or method, by its owner and its name, becomes a phase."""
+        stock, own = getattr(owner, attribute), attribute in vars(owner)
+
+        @wraps(stock)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return stock(*args, **kwargs)
+
+        setattr(owner, attribute, timed)
+        self._undo.callback(lambda: setattr(owner, attribute, stock) if own else delattr(owner, attribute))
+
+    def watch(self, module: torch.nn.Module, name: str) -> None:
+        """The forward of a module becomes a phase."""
+        before = module.register_forward_pre_hook(lambda *_: self._begin(name), prepend=True)
+        after = module.register_forward_hook(lambda *_: self._end())
+        self._undo.callback(before.remove)
+        self._undo.callback(after.remove)
+
+    def _begin(self, name: str) -> None:
+        self._switch()
+        self._stack.append(name)
+
+    def _end(self) -> None:
+        self._switch()
+        self._stack.pop()
+
+    def _switch(self) -> None:
+        now = _now()
+        self.seconds[self._stack[-1]] += now - self._switch_at
+        self._switch_at = now
+
+
+def peak_growth(work: Callable[[], object]) -> int | None:
+    """Bytes by which the memory in use grows at most during `work`: allocated on a GPU, resident in a CPU process.
+
+    None on a CPU without Linux's /proc and glibc, where a peak can't be put back to what is in use now.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work has freed must not be taken for free a second time
+        Path("/proc/self/clear_refs").write_text("5")
+        held = _status("VmRSS")
+    except (OSError, KeyError):
+        return None
+    work()
+    return _status("VmHWM") - held
+
+
+def _status(field: str) -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -86,6 +180,11 @@ def record(path: str | Path, entry: dict[str, Any]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def _now() -> float:
+    _wait_for_gpu()
+    return time.perf_counter()
 
 
 def _wait_for_gpu() -> None:
