@@ -74,7 +74,7 @@ class Setup:
 
     @property
     def hidden(self) -> int:
-        return self.backbone.text_config.hidden_size
+        return text_shape(self.backbone).hidden
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def executed_flops(setup: Setup, examples: float, packs: int) -> float:
     """With everything that is computed twice: text layers recomputed, all but the last; pass one of several packs."""
     model = FlopsModel.from_config(setup.backbone, train_vision=False, lora=setup.lora)
     tokens, pairs = QUERY_TOKENS + TARGET_TOKENS, (QUERY_TOKENS**2 + TARGET_TOKENS**2) / 2
-    layers = setup.backbone.text_config.num_hidden_layers
+    layers = text_shape(setup.backbone).layers
     again = (layers - 1) / layers + (1 if packs > 1 else 0)
     forward = (model.per_token + model.adapter_per_token) * tokens + model.per_token_pair * pairs
     return examples * (model.training(tokens, pairs, PATCHES, PATCHES**2) + again * forward)

@@ -164,7 +164,7 @@ def run_config(folder: Path, preset: Preset, workload: str) -> RunConfig:
     rows, pictures = folder / workload, preset.pictures
     return RunConfig(
         run=RunOptions(name="step", dir=str(folder / "runs"), max_steps=1, precision=preset.precision),
-        model=ModelOptions(str(folder / "model"), freeze_vision=True, activation_checkpointing=False, lora=preset.lora),
+        model=ModelOptions(str(folder / "model"), freeze_vision=True, activation_checkpointing=ActivationCheckpointing(0), lora=preset.lora),
         data=DataOptions(
             str(rows / "rows.parquet"),
             str(rows),

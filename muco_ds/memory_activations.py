@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
-from muco_ds.families import TextShape, VisionShape, text_shape, vision_shape
+from muco_ds.families import TextShape, VisionShape, reads_last_layer, text_shape, vision_shape
 from muco_ds.losses.linear_cross_entropy import chunk_rows
 
 NO_ADAPTER = LoraOptions()
@@ -32,6 +32,8 @@ class Load:
     rank_rows: int
     keys: int  # of all ranks
     predicted: int = 0  # rows of a pack that the vocabulary head predicts from
+    read: int = 0  # rows of a pack that the last text layer is asked for
+    read_attended: int = 0  # key/value rows that these attend to
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,18 @@ def activation_bytes(
     """What is held for the backward pass of the largest pack, and the most, with the buffers of the layer at work.
 
     Of a layer that is recomputed its input, of any other all that autograd keeps. Recomputing, the backward pass needs
-    one layer's worth more, at a time when the layers above have let go of theirs: of the text tower's at least the last
-    one's. The text tower goes first, when what the vision tower keeps is still there. A frozen vision tower keeps
-    nothing but must get through one block at a time before the text tower begins.
+    one layer's worth more, at a time when the layers above have let go of theirs. The text tower goes first, when what
+    the vision tower keeps is still there. A frozen vision tower keeps nothing but must get through one block at a time
+    before the text tower begins.
     """
     text, vision = text_shape(backbone), vision_shape(backbone)
     text_layer = text_layer_bytes(text, load.tokens, load.attended, width, fused_attention)
     adapted = text.adapted(lora.targets)
     text_layer += adapter_bytes(adapted, load.tokens, width, lora) - unneeded_bytes(text, load.tokens, width, lora)
+    last_layer = text_layer
+    if reads_last_layer(backbone):
+        last_layer = last_layer_bytes(text, load, width, fused_attention)
+        last_layer += adapter_bytes(adapted, load.read, width, lora) - unneeded_bytes(text, load.read, width, lora)
     text_working = 3 * width * text.inner * load.tokens  # gradients of the three inner MLP tensors
     if lora.dora:  # to find the rows' lengths: the update, scaled, and added to the weight
         text_working += 3 * width * max((inputs * outputs for inputs, outputs in adapted), default=0)
@@ -82,8 +88,10 @@ def activation_bytes(
         vision_kept = recomputed * block_inputs + (vision.depth - recomputed) * block + merger
         vision_peak = vision_kept + (block if recomputed == vision.depth else 0) + mlp
     recomputed = checkpointing.text_layers(text.layers)
-    kept = rotary + recomputed * layer_inputs + (text.layers - recomputed) * text_layer + vision_kept
-    return Activations(kept, max(kept + text_working, vision_peak))
+    below = vision_kept + rotary + recomputed * layer_inputs
+    kept = below + (text.layers - 1 - recomputed) * text_layer + last_layer
+    again = below + text_layer if recomputed else 0
+    return Activations(kept, max(max(kept, again) + text_working, vision_peak))
 
 
 def adapter_bytes(linears: list[tuple[int, int]], rows: int, width: int, lora: LoraOptions) -> int:
@@ -135,6 +143,15 @@ def text_layer_bytes(text: TextShape, tokens: int, attended: int, width: int, fu
     outputs = 2 if fused else 3
     attention = width * (outputs * text.queries * tokens + 2 * key_values * attended) + 4 * text.heads * tokens
     return norms + attention + 4 * width * text.inner * tokens
+
+
+def last_layer_bytes(text: TextShape, load: Load, width: int, fused: bool) -> int:
+    """Kept by the last decoder layer, which is asked for the read rows alone: as any other by these, and of all rows
+    the first norm's, and the norm's of the keys."""
+    norms = (4 + 2 * width) * text.hidden * load.tokens
+    if text.normed_heads:
+        norms += (4 + width) * text.keys * load.tokens
+    return norms + text_layer_bytes(text, load.read, load.read_attended, width, fused)
 
 
 def vision_block_bytes(vision: VisionShape, patches: int, width: int, fused: bool) -> int:

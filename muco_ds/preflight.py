@@ -110,6 +110,8 @@ def look_at(plan: Plan, step: StepPlan) -> Planned:
         packs=n_packs,
         tokens=max(int(tokens_B[pack].sum()) for pack in packs),
         attended=max(int(attended_B[pack].sum()) for pack in packs),
+        read=max(int(costs.read_B[pack].sum()) for pack in packs),
+        read_attended=max(int(costs.read_attended_B[pack].sum()) for pack in packs),
         patches=max(int(patches_B[pack].sum()) for pack in packs),
         rank_patches=max(int(patches_B[np.concatenate(rank)].sum()) for rank in step.packs),
         rank_rows=max(rows.queries + rows.keys for rows in step.rows_per_rank),

@@ -32,12 +32,12 @@ class Prompt:
     ids_L: np.ndarray  # int64
     positions_3L: np.ndarray  # int64
     pictures: list[Patches]
-    pooled: list[int]
+    pooled: np.ndarray  # int64
     ids_k3: np.ndarray
 
     @property
     def patches(self) -> list[int]:
-        return [len(picture.pixels_PC) for picture in self.pictures]
+        return [len(picture.pixels_PY) for picture in self.pictures]
 
 
 def render(sides: Sequence[Side], packer: Packer, *, alone: bool) -> list[Prompt]:
@@ -96,7 +96,7 @@ def pad(prompts: Sequence[Prompt], image_token: int, *, as_released: bool) -> Pa
         mask_BL[row, : len(prompt.ids_L)] = 1
         positions_3BL[:, row, : len(prompt.ids_L)] = prompt.positions_3L
     pictures = [picture for prompt in prompts for picture in prompt.pictures]
-    pixels_PC = np.concatenate([picture.pixels_PC for picture in pictures]) if pictures else None
+    pixels_PY = np.concatenate([picture.pixels_PY for picture in pictures]) if pictures else None
     return Padded(
         ids_BL=torch.from_numpy(ids_BL),
         mask_BL=torch.from_numpy(mask_BL) if as_released else None,

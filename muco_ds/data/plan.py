@@ -63,6 +63,8 @@ class Costs:
     flops_B: np.ndarray
     patches_B: np.ndarray
     attended_B: np.ndarray  # key/value rows: tokens, and the prefix again for each isolated turn
+    read_B: np.ndarray  # rows that the last text layer is asked for
+    read_attended_B: np.ndarray  # key/value rows that these attend to, about
     rows_B3: np.ndarray  # pooled rows: queries, targets, negatives
     predicted_B: np.ndarray  # tokens that the vocabulary head predicts
     pairs_B: np.ndarray
@@ -121,7 +123,15 @@ class Plan:
         )
         attended_B = sizes.tokens_B + sizes.repeated_B
         return Costs(
-            sizes.tokens_B, flops_B, sizes.patches_B, attended_B, sizes.rows_B3, sizes.predicted_B, sizes.pairs_B
+            tokens_B=sizes.tokens_B,
+            flops_B=flops_B,
+            patches_B=sizes.patches_B,
+            attended_B=attended_B,
+            read_B=sizes.read_B,
+            read_attended_B=sizes.read_attended_B,
+            rows_B3=sizes.rows_B3,
+            predicted_B=sizes.predicted_B,
+            pairs_B=sizes.pairs_B,
         )
 
     def _check_longest(self) -> None:

@@ -214,7 +214,10 @@ def test_activations_beside_an_adapter(lora: LoraOptions, share: float) -> None:
 def load_of(batch: PackedBatch) -> Load:
     attended = int(batch.segments.cu_k_S1[-1])
     rows = len(batch.emb_index_E)
-    return Load(1, batch.tokens, attended, batch.patches, batch.patches, rows, rows)
+    read, read_attended = len(batch.read_rows_Q), int(batch.read_segments.cu_k_S1[-1])
+    return Load(
+        1, batch.tokens, attended, batch.patches, batch.patches, rows, rows, read=read, read_attended=read_attended
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

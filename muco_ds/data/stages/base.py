@@ -51,6 +51,7 @@ class Sizes:
     tokens_B: np.ndarray  # int64
     attention_B: np.ndarray  # float64: query/key pairs
     repeated_B: np.ndarray  # int64: key/value rows beyond the tokens, as each isolated turn attends to its prefix again
+    read_attended_B: np.ndarray  # int64: key/value rows that the read rows attend to, about
     rows_B3: np.ndarray  # int64: pooled rows, queries, targets, negatives
     predicted_B: np.ndarray  # int64: tokens that the vocabulary head predicts
     pairs_B: np.ndarray  # int64: of a query and its target, or a question and its answer
@@ -94,6 +95,7 @@ def measure(layout: Layout, template: ChatTemplate, forms: int = 1) -> Sizes:
         tokens_B=np.zeros(examples, np.int64),
         attention_B=np.zeros(examples),
         repeated_B=np.zeros(examples, np.int64),
+        read_attended_B=np.zeros(examples, np.int64),
         rows_B3=np.zeros((examples, NEGATIVE + 1), np.int64),
         predicted_B=np.zeros(examples, np.int64),
         pairs_B=np.zeros(examples, np.int64),
@@ -114,6 +116,9 @@ def measure(layout: Layout, template: ChatTemplate, forms: int = 1) -> Sizes:
         np.add.at(sizes.tokens_B, part.owner_G, length_G)
         np.add.at(sizes.attention_B, part.owner_G, np.where(part.history_G, length_G**2 / 2, isolated_G))
         np.add.at(sizes.repeated_B, part.owner_G, np.where(part.history_G, 0, turns_G * prefix_G))
+        # The read row of a causal dialogue's turn sees all before it: a mean of half of the turns, and the prefix.
+        seen_G = turns_G * prefix_G + (length_G - prefix_G) * np.where(part.history_G, turns_G + 1, 2) // 2
+        np.add.at(sizes.read_attended_B, part.owner_G, seen_G)
         np.add.at(sizes.rows_B3[:, part.kind], part.owner_G, turns_G)
     sizes.pairs_B[:] = sizes.rows_B3[:, QUERY] // forms
     return sizes

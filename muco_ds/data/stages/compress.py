@@ -80,6 +80,7 @@ class CompressStage:
             tokens_B=compressed_B + behind_B,
             attention_B=compressed_B**2 / 2 + behind_B * seen_B + behind_B**2 / 2,
             repeated_B=seen_B,
+            read_attended_B=turns_B * seen_B + behind_B * (turns_B + 1) // 2,
             rows_B3=np.stack([predicted_B, np.zeros_like(predicted_B), np.zeros_like(predicted_B)], 1),
             predicted_B=predicted_B,
             pairs_B=turns_B,
