@@ -12,7 +12,8 @@ Systems, all from the same weights on the same global batch, with the same AdamW
 - padded_best: the same at its best: sorted by length into batches of the fastest size, no mask, positions prepared,
   checkpointing or gradient cache only where memory asks;
 - single_turn: each turn a padded prompt with its own copy of the picture (VLM2Vec's and sentence-transformers' way),
-  tuned likewise.
+  tuned likewise;
+- sentence_transformers: the library itself, where the batch is of single turns and no picture comes twice.
 
 Ratios are theirs over ours in seconds, medians over the rounds. Before anything is timed, losses and gradients are
 compared; where they differ the ratio is refused. FLOPs are model FLOPs of both towers (`muco_ds.flops`): what a system
@@ -31,21 +32,27 @@ from typing import Any
 
 import torch
 
+from muco_ds.config import RunConfig
 from muco_ds.distributed import env
 from muco_ds.flops import peak_flops
+from muco_ds.models.backbones import load_tokenizer
 from muco_ds.trainer import Trainer
 
+from baselines.library import LibraryForm, LibrarySystem, export, missing
 from baselines.padded import RELEASED, PaddedSystem
 from baselines.stock import Stock
 from harness import peak_growth, percentiles, provenance, record, sample
-from measure import agreement, matmul, per_second, split, tune
+from measure import ProcessorClock, agreement, matmul, per_second, split, tune
 from model_shapes import write_shape
 from systems import PRESETS, TEMPERATURE, Ours, Preset, System, run_config
 from workloads import MAIN, WORKLOADS, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
-SYSTEMS = ("ours", "ours_isolated", "padded_two_forward", "padded_best", "single_turn")
-OURS_OF = {"padded_two_forward": "ours", "padded_best": "ours", "single_turn": "ours_isolated"}
+SYSTEMS = ("ours", "ours_isolated", "padded_two_forward", "padded_best", "single_turn", "sentence_transformers")
+OURS_OF = {
+    **{"padded_two_forward": "ours", "padded_best": "ours", "single_turn": "ours_isolated"},
+    "sentence_transformers": "ours",
+}
 """Each baseline and our system with the same loss."""
 
 
@@ -55,20 +62,12 @@ class Bench:
     def __init__(self, preset: Preset, folder: Path, workloads: list[str]) -> None:
         self.preset, self.folder, self.device = preset, folder, env.start()
         write_shape(folder / "model", preset.shape, torch.bfloat16 if preset.precision == "bf16" else torch.float32)
-        from muco_ds.models.backbones import load_tokenizer
-
         tokenizer = load_tokenizer(str(folder / "model"), "<|emb|>")
         for name in workloads:
             write_rows(folder / name, WORKLOADS[name], preset.pictures, tokenizer, preset.images[name], seed=0)
         self.config = run_config(folder, preset, workloads[0])
         self.trainer = Trainer(self.config, self.device)
-        self._stock: Stock | None = None
-
-    @property
-    def stock(self) -> Stock:
-        if self._stock is None:
-            self._stock = Stock(self.config, self.trainer.data.processing.tokenizer, self.device)
-        return self._stock
+        self.stock = Stock(self.config, self.trainer.data.processing.tokenizer, self.device)
 
     def build(self, workload: str, names: list[str]) -> dict[str, System]:
         """The systems of a workload, each in its fastest form that fits."""
@@ -84,6 +83,8 @@ class Bench:
                 system, forms = ours, preset.ours
             elif name == "ours_isolated":
                 system, forms = Ours(self.trainer, config, history=False), preset.ours
+            elif name == "sentence_transformers":
+                system, forms = self._library(config, ours), (LibraryForm(),)
             elif name == "single_turn":
                 system, forms = PaddedSystem(*padded, alone=True), preset.single
             else:
@@ -92,19 +93,30 @@ class Bench:
             tune(system, (RELEASED,) if name == "padded_two_forward" else forms)
         return systems
 
+    def _library(self, config: RunConfig, ours: Ours) -> LibrarySystem:
+        folder, processing = self.folder / "exported", self.trainer.data.processing
+        if not folder.exists():
+            export(self.stock, processing, folder)
+        given = (ours.sides(), ours.packer, TEMPERATURE, self.trainer.data.plan.flops)
+        return LibrarySystem(folder, config, *given, self.device)
 
-def left_out(workload: str, names: list[str]) -> dict[str, str]:
+
+def left_out(preset: Preset, workload: str) -> dict[str, str]:
     """Systems that have nothing to say about a workload, and why."""
     if WORKLOADS[workload].turns > 1:
-        return {}
-    return {
-        "ours_isolated": "of one turn it is ours",
-        "single_turn": "of one turn it is padded_best",
-    }
+        return {"sentence_transformers": "it takes pairs of single turns and masks no key of the same picture"}
+    reasons = {"ours_isolated": "of one turn it is ours", "single_turn": "of one turn it is padded_best"}
+    if preset.precision == "bf16":
+        reasons["sentence_transformers"] = "in bf16 its optimizer has no float32 weights"
+    elif (reason := missing()) is not None:
+        reasons["sentence_transformers"] = reason
+    return reasons
 
 
 def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str, Any]:
-    skipped = left_out(workload, names)
+    skipped = {name: reason for name, reason in left_out(bench.preset, workload).items() if name in names}
+    for name, reason in skipped.items():
+        print(f"{workload}: {name} is skipped: {reason}", flush=True)
     systems = bench.build(workload, [name for name in names if name not in skipped])
     agree = {
         name: agreement(systems[ours], systems[name], bench.preset.precision)
@@ -112,7 +124,12 @@ def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str
         if name in systems and ours in systems
     }
     product = matmul(bench.device)
-    seconds = sample({**{name: system.step for name, system in systems.items()}, "matmul": product.run}, repeats, 0)
+    clocks = {
+        name: ProcessorClock(work)
+        for name, work in [*((n, s.step) for n, s in systems.items()), ("matmul", product.run)]
+    }
+    seconds = sample({name: clock.run for name, clock in clocks.items()}, repeats, 0)
+    on_gpu = bench.device.type == "cuda"
     matmul_flops = product.flops / percentiles(seconds["matmul"])["p50"]
     entry: dict[str, Any] = {
         "benchmark": f"step/{workload}",
@@ -132,6 +149,7 @@ def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str
             "form": system.form.label,
             "pairs": system.pairs,
             "seconds": percentiles(seconds[name]),
+            "processor_seconds": None if on_gpu else percentiles(clocks[name].seconds),
             **per_second(
                 system, percentiles(seconds[name])["p50"], entry["images"], matmul_flops, peak_flops(bench.device)
             ),
@@ -143,27 +161,39 @@ def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str
     for name, found in agree.items():
         if found["same"]:
             ratios = [theirs / mine for theirs, mine in zip(seconds[name], seconds[OURS_OF[name]], strict=True)]
-            entry[f"ratio_{name.removesuffix('_')}"] = percentiles(ratios)
+            entry[f"ratio_{name}"] = percentiles(ratios)
+            if not on_gpu:
+                used = clocks[name].seconds, clocks[OURS_OF[name]].seconds
+                entry[f"processor_ratio_{name}"] = percentiles([a / b for a, b in zip(*used, strict=True)])
         else:
             skipped[f"ratio_{name}"] = f"refused: losses or gradients differ: {found}"
             print(f"{workload}: ratio_{name} {skipped[f'ratio_{name}']}", flush=True)
     return entry
 
 
-def summary(entry: dict[str, Any] | None) -> dict[str, Any]:
-    """What the last line says of the main workload."""
-    if entry is None:
-        return {"skipped": {MAIN: "not among --workloads"}}
-    ratios = {name: None for name in (f"ratio_{name}" for name in OURS_OF)}
-    ratios |= {name: entry[name]["p50"] for name in ratios if name in entry}
+def summary(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the last line says: of the main workload, and the ratios of the others."""
+    others = {name: _ratios(entry) for name, entry in entries.items() if name != MAIN}
+    if MAIN not in entries:
+        return {"others": others, "skipped": {MAIN: "not among --workloads"}}
+    entry = entries[MAIN]
+    ratios: dict[str, float | None] = {
+        f"ratio_{name}": None for name in ("padded_two_forward", "padded_best", "single_turn")
+    }
+    ratios |= _ratios(entry)
     return {
         "workload": MAIN,
         "model": entry["model"],
         "device": entry["device"],
         "pairs_per_s": {name: found["pairs_per_s"] for name, found in entry["systems"].items()},
         **ratios,
+        "others": others,
         "skipped": entry["skipped"],
     }
+
+
+def _ratios(entry: dict[str, Any]) -> dict[str, float]:
+    return {name: entry[name]["p50"] for name in entry if name.startswith("ratio_")}
 
 
 def main() -> int:
@@ -178,15 +208,15 @@ def main() -> int:
     if args.preset.startswith("h200") and not torch.cuda.is_available():
         print(json.dumps({"skipped": {args.preset: "needs a CUDA GPU"}}))
         return 0
-    main_entry = None
+    entries = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(preset, Path(folder), args.workloads)
         for workload in args.workloads:
             entry = {**run(bench, workload, args.systems, args.repeats or preset.repeats), **provenance()}
             record(args.results, entry)
-            main_entry = entry if workload == MAIN else main_entry
+            entries[workload] = entry
         env.stop()
-    print(json.dumps(summary(main_entry)), flush=True)
+    print(json.dumps(summary(entries)), flush=True)
     return 0
 
 

@@ -92,7 +92,9 @@ def _picture(rng: np.random.Generator, path: Path, pictures: Pictures) -> str:
     """A JPEG of a drawn aspect ratio with the recipe's short side: smooth noise, so that it is as large as a photo."""
     named = float(rng.choice([*ASPECTS, 0.0], p=[*ASPECTS.values(), 1 - sum(ASPECTS.values())]))
     aspect = named or float(np.clip(np.exp(rng.normal(0, 0.35)), 0.4, 2.5))
-    short, long = pictures.short_side, round(pictures.short_side * max(aspect, 1 / aspect))
+    # Whole tokens, where the short side is: libraries that resize in their own way then have nothing to resize.
+    short, unit = pictures.short_side, 28 if pictures.short_side % 28 == 0 else 1
+    long = unit * round(short * max(aspect, 1 / aspect) / unit)
     size = (long, short) if aspect > 1 else (short, long)
     small = Image.fromarray(rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8))
     small.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)

@@ -12,7 +12,7 @@ from muco_ds.data.collator import Packer
 from muco_ds.data.schema import QUERY, Side
 from muco_ds.flops import FlopsModel
 
-from baselines.stock import Padded, Prompt, Stock, dense_info_nce, pad, render
+from baselines.stock import Padded, Prompt, Stock, dense_info_nce, pad, plain_linear, render
 from harness import Phases
 
 
@@ -84,6 +84,7 @@ class PaddedSystem:
     def gradients(self) -> Mapping[str, torch.Tensor]:
         return self.stock.gradients()
 
+    @plain_linear()
     def backward(self) -> torch.Tensor:
         """Forward and backward of the whole batch; returns the loss."""
         self.stock.checkpoint(self.form.checkpointing)

@@ -6,7 +6,8 @@ patch, I pictures, R queries, K targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,7 +129,7 @@ class Stock:
             path, dtype=dtype, attn_implementation=self.attention, key_mapping={r"^model\.visual\.": "visual."}
         )
         assert len(tokenizer) <= backbone.text_config.vocab_size, "the shapes leave rows for new tokens"
-        self.model.visual.requires_grad_(False)
+        freeze(self.model.visual)
         if config.model.lora.rank:
             add_adapter(self.model, config.model.lora, new_rows(tokenizer), config.run.seed)
         self.model.to(device).train()
@@ -180,6 +181,23 @@ class Stock:
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of everything trained, before `update`."""
         return {name: weight.grad for name, weight in self.trained.items() if weight.grad is not None}
+
+
+def freeze(visual: Any) -> None:
+    """No gradient of a vision tower's weights, and no graph: checkpointing's hooks would make it one of its inputs."""
+    visual.requires_grad_(False)
+    visual.forward = torch.no_grad()(visual.forward)
+
+
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """torch's own linear layer: zero.Init puts a slower one that saves memory in its place, for the whole process."""
+    patched = F.linear
+    F.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        F.linear = patched
 
 
 class _Weights(torch.nn.Module):
