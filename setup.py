@@ -40,7 +40,7 @@ setup(
         "mining": ["faiss-cpu"],
         "factory": ["httpx2", "openai>=3"],
         "dev": [
-            *["faiss-cpu", "httpx2", "mypy", "openai>=3", "pytest", "pytest-xdist", "ruff"],
+            *["faiss-cpu", "httpx2", "matplotlib", "mypy", "openai>=3", "pytest", "pytest-xdist", "ruff"],
             "sentence-transformers>=6.2",
         ],
     },

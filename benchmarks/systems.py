@@ -14,6 +14,7 @@ from muco_ds.config import BatchOptions, DataOptions, LossOptions, ModelOptions,
 from muco_ds.config_lora import LoraOptions
 from muco_ds.config_task import TaskOptions
 from muco_ds.data.schema import Side, StepBatch
+from muco_ds.data.stages.base import longest_rows
 from muco_ds.trainer import Trainer
 
 from baselines.padded import Form
@@ -135,6 +136,17 @@ PRESETS = {
         padded=tuple(Form(rows) for rows in (0, 2, 1)),
         single=tuple(Form(rows) for rows in (14, 4, 1)),
     ),
+    # For the test: it shows that everything runs, its numbers mean nothing.
+    "toy": Preset(
+        shape="tiny",
+        precision="fp32",
+        short_side=56,
+        images={"seven_turns": 2, "one_turn": 2, "text_only": 2, "pictures_both_sides": 2},
+        repeats=1,
+        ours=(OurForm(), OurForm(packs=2)),
+        padded=(Form(), Form(1, cached=True)),
+        single=(Form(4),),
+    ),
     "h200_2b": Preset(
         shape="2b",
         precision="bf16",
@@ -186,7 +198,7 @@ class Ours:
         self.trainer, self.model = trainer, trainer.task.embedder.model
         seen = float(history)
         self.config = replace(config, task=replace(config.task, query_history=seen, target_history=seen))
-        self._data = self._open(WHOLE)
+        self._whole = self._open(WHOLE)
         self.use(OurForm())
 
     def _open(self, pack_tokens: int) -> Data:
@@ -194,8 +206,10 @@ class Ours:
 
     def use(self, form: OurForm) -> None:
         self.form = form
+        self._data = self._whole
         if form.packs > 1:
-            self._data = self._open(int(self._data.plan.step(0).tokens / form.packs * 1.05))
+            longest = int(longest_rows(self._whole.plan.stage).max())
+            self._data = self._open(max(longest, int(self._whole.plan.step(0).tokens / form.packs * 1.05)))
         batch = self.prepare()
         self.batch = batch.pin_memory() if torch.cuda.is_available() else batch
         on, off = self.model.gradient_checkpointing_enable, self.model.gradient_checkpointing_disable
@@ -211,8 +225,8 @@ class Ours:
 
     def sides(self) -> list[Side]:
         """The dialogues of the batch, which the baselines are given."""
-        plan = self._data.plan.step(0)
-        return self._data.collator.sides(plan.samples_B, plan.passes_B, 0)
+        plan = self._whole.plan.step(0)
+        return self._whole.collator.sides(plan.samples_B, plan.passes_B, 0)
 
     def step(self) -> object:
         self._switch()  # another of our systems shares the model
