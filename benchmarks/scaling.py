@@ -23,6 +23,7 @@ from transformers import Qwen2VLConfig
 
 from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
+from muco_ds.families import text_shape
 from muco_ds.flops import PEAK_BF16_FLOPS, FlopsModel
 from muco_ds.memory import GIB, estimate, parameters
 from muco_ds.memory_activations import Load

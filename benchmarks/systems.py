@@ -11,6 +11,7 @@ import torch
 
 from muco_ds.build import Data, build_data
 from muco_ds.config import BatchOptions, DataOptions, LossOptions, ModelOptions, OptimOptions, RunConfig, RunOptions
+from muco_ds.config_activations import ActivationCheckpointing
 from muco_ds.config_lora import LoraOptions
 from muco_ds.config_task import TaskOptions
 from muco_ds.data.schema import Side, StepBatch
@@ -176,7 +177,12 @@ def run_config(folder: Path, preset: Preset, workload: str) -> RunConfig:
     rows, pictures = folder / workload, preset.pictures
     return RunConfig(
         run=RunOptions(name="step", dir=str(folder / "runs"), max_steps=1, precision=preset.precision),
-        model=ModelOptions(str(folder / "model"), freeze_vision=True, activation_checkpointing=ActivationCheckpointing(0), lora=preset.lora),
+        model=ModelOptions(
+            str(folder / "model"),
+            freeze_vision=True,
+            activation_checkpointing=ActivationCheckpointing(0),
+            lora=preset.lora,
+        ),
         data=DataOptions(
             str(rows / "rows.parquet"),
             str(rows),

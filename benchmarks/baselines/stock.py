@@ -17,12 +17,27 @@ import torch.nn.functional as F
 
 from muco_ds.config import RunConfig
 from muco_ds.data.collator import Packer
-from muco_ds.data.images import Patches
+from muco_ds.data.images import ImagePipeline, Patches
 from muco_ds.data.schema import QUERY, Dialogue, Side
 from muco_ds.families import FAMILIES
 from muco_ds.models.backbones import load_config, new_rows
 from muco_ds.models.lora import add_adapter
+from muco_ds.ops.patches import patch_values
 from muco_ds.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the stock image processor makes of one: pixels_PC float32, and its grid (t, h, w)."""
+
+    pixels_PC: np.ndarray
+    grid: tuple[int, int, int]
+
+
+def _as_stock(patches: Patches, images: ImagePipeline) -> Picture:
+    frames, palette_CV = images.processor.temporal_patch_size, torch.from_numpy(images.palette_CV)
+    values_PC = patch_values(torch.from_numpy(patches.pixels_PY), palette_CV, frames, torch.float32)
+    return Picture(values_PC.numpy(), patches.grid)
 
 
 @dataclass(frozen=True)
@@ -32,13 +47,13 @@ class Prompt:
     kind: int
     ids_L: np.ndarray  # int64
     positions_3L: np.ndarray  # int64
-    pictures: list[Patches]
+    pictures: list[Picture]
     pooled: np.ndarray  # int64
     ids_k3: np.ndarray
 
     @property
     def patches(self) -> list[int]:
-        return [len(picture.pixels_PY) for picture in self.pictures]
+        return [len(picture.pixels_PC) for picture in self.pictures]
 
 
 def render(sides: Sequence[Side], packer: Packer, *, alone: bool) -> list[Prompt]:
@@ -49,7 +64,7 @@ def render(sides: Sequence[Side], packer: Packer, *, alone: bool) -> list[Prompt
         assert isinstance(dialogue, Dialogue)
         turns = [(i, i + 1) for i in range(len(dialogue.turns))] if alone else [(0, len(dialogue.turns))]
         texts = packer.template.encode_turns(dialogue.turns)
-        pictures = [packer.images.patches(ref) for ref in dialogue.images]
+        pictures = [_as_stock(packer.images.patches(ref), packer.images) for ref in dialogue.images]
         grids = [picture.grid for picture in pictures]
         for first, stop in turns:
             made = packer.template.render(texts[first:stop], grids, packer.images.merge_size, history=True)
@@ -97,7 +112,7 @@ def pad(prompts: Sequence[Prompt], image_token: int, *, as_released: bool) -> Pa
         mask_BL[row, : len(prompt.ids_L)] = 1
         positions_3BL[:, row, : len(prompt.ids_L)] = prompt.positions_3L
     pictures = [picture for prompt in prompts for picture in prompt.pictures]
-    pixels_PY = np.concatenate([picture.pixels_PY for picture in pictures]) if pictures else None
+    pixels_PC = np.concatenate([picture.pixels_PC for picture in pictures]) if pictures else None
     return Padded(
         ids_BL=torch.from_numpy(ids_BL),
         mask_BL=torch.from_numpy(mask_BL) if as_released else None,
