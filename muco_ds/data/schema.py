@@ -6,7 +6,7 @@ values of a byte, I images, S segments, J gathered key/value rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -171,12 +171,13 @@ class PackedBatch:
     labels_E: torch.Tensor | None = None  # int64
 
     def to(self, device: torch.device) -> PackedBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Any) -> PackedBatch:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """With this done to every tensor."""
         moved: dict[str, Any] = {
             f.name: function(getattr(self, f.name))
             for f in fields(self)

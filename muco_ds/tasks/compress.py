@@ -19,6 +19,7 @@ from muco_ds.metrics import CONTRASTIVE_KEYS
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.head import VocabularyHead
 from muco_ds.tasks.base import TaskLoss
+from muco_ds.tasks.crossing import Crossing
 
 
 class CompressTask(nn.Module):
@@ -45,10 +46,11 @@ class CompressTask(nn.Module):
         scale = world_size / sum(rows.queries for rows in batch.rows_per_rank)
         total = torch.zeros((), device=engine.device)
         # A single pack is reduced while its backward runs.
+        crossing = Crossing(len(batch.packs), batch.packs.__getitem__, engine.device)
         with one_reduction(engine) if len(batch.packs) > 1 else nullcontext(lambda _last: None) as before:
-            for i, pack in enumerate(batch.packs):
+            for i in range(len(batch.packs)):
                 before(i == len(batch.packs) - 1)
-                loss = engine(pack.to(engine.device)) * scale
+                loss = engine(crossing[i]) * scale
                 engine.backward(loss)
                 total += loss.detach()
         rows = torch.tensor(float(sum(pack.counts.queries for pack in batch.packs)), device=engine.device)

@@ -25,6 +25,7 @@ from muco_ds.losses.matryoshka import over_sizes
 from muco_ds.metrics import mask_fractions
 from muco_ds.models.embedder import DeviceRoom, Embedder, KeptVision
 from muco_ds.tasks.base import TaskLoss
+from muco_ds.tasks.crossing import Crossing
 
 GATHERED_BYTES = 2**30
 """Most bytes of keys that every rank gathers: beyond, a ring costs a rank less memory and hides its transfers."""
@@ -59,22 +60,28 @@ class MuCoTask(nn.Module):
     def backward(self, engine: Any, batch: StepBatch, temperature: float | torch.Tensor) -> TaskLoss:
         """Gradient of the loss of this rank's queries against the keys of all ranks, packed as memory allows."""
 
-        def embed(pack: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
-            """A pack is on the device while it is worked on: pixels are most of a batch."""
-            if kept is not None and kept.filled:
-                pack = replace(pack, pixels_PY=pack.pixels_PY[:0])
-            return engine(pack.to(engine.device), kept)
+        room = DeviceRoom()
+        kept = [KeptVision(room) for _ in batch.packs]
+
+        def pack_of(number: int) -> PackedBatch:
+            """Pixels are most of a pack; in the second pass a frozen tower needs none."""
+            pack = batch.packs[number]
+            return replace(pack, pixels_PY=pack.pixels_PY[:0]) if kept[number].filled else pack
+
+        crossing = Crossing(len(batch.packs), pack_of, engine.device)
+
+        def embed(number: int) -> torch.Tensor:
+            return engine(crossing[number], kept[number])
 
         def loss_of(emb_parts: list[torch.Tensor]) -> tuple[torch.Tensor, TaskLoss]:
             result = self.loss(emb_parts, batch.packs, batch.rows_per_rank, temperature)
             return result.loss, result
 
         if len(batch.packs) == 1:  # all queries and targets of this rank in one forward
-            loss, result = loss_of([embed(batch.packs[0])])
+            loss, result = loss_of([engine(crossing[0])])
             engine.backward(loss)
             return result
-        room = DeviceRoom()
-        return cached_backward(engine, [partial(embed, pack, KeptVision(room)) for pack in batch.packs], loss_of)
+        return cached_backward(engine, [partial(embed, number) for number in range(len(batch.packs))], loss_of)
 
     def metrics(self, total: Mapping[str, float]) -> dict[str, float | None]:
         """Shares of what is masked, and how queries rank the keys."""
