@@ -24,7 +24,7 @@ from muco_ds.models.lora import adapted_layers, adapter_sizes
 
 GIB = 2**30
 _BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
-_CONTEXT = int(1.5 * GIB)  # CUDA context and kernels, cuBLAS and NCCL workspaces: usual sizes, not measured here
+CONTEXT = int(1.5 * GIB)  # CUDA context and kernels, cuBLAS and NCCL workspaces: usual sizes, not measured here
 _FRAGMENTATION = 0.06  # of everything else: blocks that the allocator holds and cannot use, rounding
 _LOSS_TILE = 8192 * 16384  # entries of the largest tile whose gradient the loss holds at a time
 
@@ -120,7 +120,7 @@ def estimate(
         parts["logits"] = _head_bytes(head, load, width, activations, reduction)
         parts["update"] = max(parts["update"], 2 * head.held_bytes(width))
     known = Memory(**parts, allowance=0, host=host)
-    return Memory(**parts, allowance=_CONTEXT + int(_FRAGMENTATION * known.total), host=host)
+    return Memory(**parts, allowance=CONTEXT + int(_FRAGMENTATION * known.total), host=host)
 
 
 def _head_bytes(head: Head, load: Load, width: int, activations: Activations, reduction: int) -> int:

@@ -25,7 +25,7 @@ from muco_ds.models.backbones import load_config, new_rows
 from muco_ds.sizing import choices, least, overrides, with_checkpointing
 
 POOR_FILL = 0.9
-_SPARE_TOKENS = 1.01  # of an advised budget: steps that were not looked at may need a little more
+SPARE_TOKENS = 1.01  # of an advised budget: steps that were not looked at may need a little more
 _OFFLOAD = "ds_configs/zero3_offload.json"
 
 
@@ -161,7 +161,7 @@ def advise(config: RunConfig, data: Data, ranks: int, planned: list[Planned], gp
     load, limit = worst(planned), gpu_memory_gib * GIB
     longest = int(longest_rows(data.plan.stage).max())  # no budget may be smaller
     advice = []
-    least = max(longest, math.ceil(_SPARE_TOKENS * max(step.least_pack_tokens for step in planned)))
+    least = max(longest, math.ceil(SPARE_TOKENS * max(step.least_pack_tokens for step in planned)))
     fill = np.mean([step.pack_fill for step in planned]) * config.batch.pack_tokens / least
     if min(step.pack_fill for step in planned) < POOR_FILL and least < config.batch.pack_tokens:
         advice.append(

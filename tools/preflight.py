@@ -6,6 +6,12 @@
 Opens (or builds) the length index, plans steps spread over the run for that many ranks, and reports steps, balance,
 fill and the estimated memory of the fullest rank. Exit status 0: fits, 1: does not fit, 2: an error in the input.
 Memory is an estimate from the configuration (muco_ds/memory.py says how); the proof is train.py --dry_run on the GPUs.
+
+    python tools/preflight.py --config RECIPE --ranks 64 --tune [--tries 6] [--output FILE]
+
+Runs a few short steps of one rank's share on this machine's device, with the packs and the activation checkpointing
+that promise most, prints what was measured, and writes the fastest that fits a rank of the planned run as a recipe for
+a second --config. Times leave out what the ranks send each other. Exit status 1: nothing fits.
 """
 
 from __future__ import annotations
@@ -14,10 +20,11 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # indexing forks; the tokenizer's threads would not survive
 
-from muco_ds.config import check_paths
+from muco_ds.config import RunConfig, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.errors import UserError, exit_on_user_error
 
@@ -44,12 +51,53 @@ def split_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--ranks", type=int, required=True, help="GPUs of the planned run")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GiB (default: 80)")
     parser.add_argument("--steps", type=int, default=50, help="how many steps to plan at most (default: 50)")
+    parser.add_argument("--tune", action="store_true", help="find batch.pack_tokens and model.activation_checkpointing")
+    parser.add_argument("--tries", type=int, default=6, help="how many settings --tune tries at most (default: 6)")
+    parser.add_argument("--output", help="where --tune writes the settings, as a recipe")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     own, rest = parser.parse_known_args(argv)
-    for name in ("ranks", "gpu_memory", "steps"):
+    for name in ("ranks", "gpu_memory", "steps", "tries"):
         if not getattr(own, name) > 0:
             raise UserError(f"--{name} {getattr(own, name)}: give more than 0")
+    if own.output and not own.tune:
+        raise UserError("--output is where --tune writes its settings: add --tune")
     return own, rest
+
+
+def tuning_table(tree: dict) -> str:
+    gib = 2**30
+    lines = [
+        f"for {tree['ranks']} ranks of {tree['gpu_memory_gib']:g} GiB, one rank's share of a batch on this device; GiB",
+        "packs  pack_tokens  text  vision  estimated  measured here  needed there  pairs/s a GPU",
+    ]
+    for trial in tree["trials"]:
+        candidate, measured = trial["candidate"], trial["measured"]
+        shares = candidate["checkpointing"]
+        vision = "-" if shares["vision"] is None else f"{shares['vision']:.2f}"
+        line = f"{candidate['packs']:5}  {candidate['pack_tokens']:11}  {shares['text']:.2f}  {vision:>6}"
+        line += f"  {candidate['estimated'] / gib:9.2f}"
+        if measured is None:
+            lines.append(f"{line}  out of memory")
+            continue
+        line += f"  {measured['peak'] / gib:13.2f}  {trial['needed'] / gib:12.2f}  {trial['pairs_per_s']:13.1f}"
+        lines.append(line if trial["fits"] else f"{line}  too large")
+    if tree["best"] is None:
+        return "\n".join([*lines, "nothing fits: more --ranks, or deepspeed=ds_configs/zero3_offload.json"])
+    return "\n".join([*lines, "best: " + " ".join(f"--{key} {value}" for key, value in tree["best"].items())])
+
+
+def run_tuning(config: RunConfig, own: argparse.Namespace, rest: list[str]) -> int:
+    from muco_ds.tune import run_try, snippet, tune
+
+    tuning = tune(config, own.ranks, own.gpu_memory, own.steps, own.tries, run_try)
+    tree = tuning.as_json()
+    print(json.dumps(tree) if own.json else tuning_table(tree))
+    if tuning.best is None:
+        return 1
+    if own.output:
+        recipe = rest[rest.index("--config") + 1] if "--config" in rest else "RECIPE"
+        Path(own.output).write_text(snippet(tuning, recipe), encoding="utf-8")
+    return 0
 
 
 def table(tree: dict) -> str:
@@ -80,6 +128,8 @@ def main() -> int:
     own, rest = split_args(sys.argv[1:])
     config = parse_args(rest).config
     check_paths(config)
+    if own.tune:
+        return run_tuning(config, own, rest)
     from muco_ds.preflight import preflight  # imports take seconds; a typo in the command line should not
 
     tree = preflight(config, own.ranks, own.gpu_memory, own.steps, progress=True).as_json()

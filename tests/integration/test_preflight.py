@@ -103,3 +103,13 @@ def test_mistakes_are_one_line(demo: Demo, programs: Programs) -> None:
     }
     for options, message in cases.items():
         assert refusal(preflight(programs, demo, *options)).startswith(message)
+
+
+def test_tuning_ends_in_a_recipe_that_trains(demo: Demo, programs: Programs, tmp_path: Path) -> None:
+    """One try of the real run, in a process of its own; what it says goes on top of the recipe."""
+    options = ("--ranks", 2, "--tune", "--tries", 1, "--output", tmp_path / "tuned.yaml")
+    text = preflight(programs, demo, *options).check().stdout[0]
+    assert "for 2 ranks of 80 GiB" in text and "best: --batch.pack_tokens" in text
+    programs.run([*demo.train(tmp_path), "--config", str(tmp_path / "tuned.yaml")], ranks=2).check()
+    line = metrics(tmp_path)[0]
+    assert line["pack_fill"] > 0.9 and not (demo.folder / "runs").exists()

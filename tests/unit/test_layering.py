@@ -42,7 +42,7 @@ LEVELS = [
     {"memory", "memory_activations", "tasks"},
     {"checkpoint", "eval", "factory", "mining"},
     {"nonfinite", "build", "export", "export_adapter", "export_st", "reshard", "resume"},
-    {"preflight", "sizing", "trainer"},
+    {"preflight", "sizing", "trainer", "tune", "tune_try"},
     {"launch", "tools"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
