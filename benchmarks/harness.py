@@ -50,6 +50,7 @@ def sample(fns: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) 
 class Phases:
     """Seconds of the phases of a run that is slowed down for it: the device is waited for wherever a phase begins or
     ends, so this is never done to a run that is timed. A phase inside another does not count towards the outer one.
+    Without a GPU they are seconds on a processor (of all threads), which other programs don't lengthen.
 
     Used as a context: what was wrapped is as before behind it. `seconds`: by phase, with the rest under "other".
     """
@@ -183,6 +184,8 @@ def record(path: str | Path, entry: dict[str, Any]) -> None:
 
 
 def _now() -> float:
+    if not torch.cuda.is_available():
+        return time.process_time()
     _wait_for_gpu()
     return time.perf_counter()
 

@@ -91,7 +91,7 @@ def matmul(device: torch.device) -> Product:
     return Product(run, count * 2.0 * size**3)
 
 
-def per_second(system: System, seconds: float, images: int, matmul_flops: float, peak: float | None) -> dict[str, Any]:
+def per_second(system: System, seconds: float, images: int, peak: float | None) -> dict[str, Any]:
     """Rates of a system whose step takes so long. `mfu` is null without a sourced peak."""
     rate = system.flops() / seconds
     return {
@@ -100,15 +100,14 @@ def per_second(system: System, seconds: float, images: int, matmul_flops: float,
         "tokens_per_s": _short(system.tokens / seconds),
         "model_gflop": _short(system.flops() / 1e9),
         "gflops": _short(rate / 1e9),
-        "share_of_matmul": round(rate / matmul_flops, 3),
         "mfu": None if peak is None else round(rate / peak, 4),
     }
 
 
 def split(system: System) -> dict[str, float | None]:
-    """Seconds of a step by phase, and of `data_wait`: how much longer a loader's worker took for the next batch.
+    """Seconds of a step by phase (see `Phases`), and of `data_wait`: how much longer a worker took for the next batch.
 
-    `prepare` is what the worker needs by itself, beside the step.
+    `prepare` is what the worker needed by itself, beside the step, as in a loader.
     """
     context = multiprocessing.get_context("fork")  # nothing is sent but the seconds, as from a loader's worker
     receiver, sender = context.Pipe(duplex=False)

@@ -64,7 +64,7 @@ class Bench:
         write_shape(folder / "model", preset.shape, torch.bfloat16 if preset.precision == "bf16" else torch.float32)
         tokenizer = load_tokenizer(str(folder / "model"), "<|emb|>")
         for name in workloads:
-            write_rows(folder / name, WORKLOADS[name], preset.pictures, tokenizer, preset.images[name], seed=0)
+            write_rows(folder / name, WORKLOADS[name], preset.pictures, tokenizer, preset.images[name], preset.seed)
         self.config = run_config(folder, preset, workloads[0])
         self.trainer = Trainer(self.config, self.device)
         self.stock = Stock(self.config, self.trainer.data.processing.tokenizer, self.device)
@@ -130,7 +130,8 @@ def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str
     }
     seconds = sample({name: clock.run for name, clock in clocks.items()}, repeats, 0)
     on_gpu = bench.device.type == "cuda"
-    matmul_flops = product.flops / percentiles(seconds["matmul"])["p50"]
+    busy = seconds if on_gpu else {name: clock.seconds for name, clock in clocks.items()}
+    matmul_flops = product.flops / percentiles(busy["matmul"])["p50"]
     entry: dict[str, Any] = {
         "benchmark": f"step/{workload}",
         "model": bench.preset.shape,
@@ -149,10 +150,9 @@ def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str
             "form": system.form.label,
             "pairs": system.pairs,
             "seconds": percentiles(seconds[name]),
-            "processor_seconds": None if on_gpu else percentiles(clocks[name].seconds),
-            **per_second(
-                system, percentiles(seconds[name])["p50"], entry["images"], matmul_flops, peak_flops(bench.device)
-            ),
+            "processor_seconds": None if on_gpu else percentiles(busy[name]),
+            **per_second(system, percentiles(seconds[name])["p50"], entry["images"], peak_flops(bench.device)),
+            "share_of_matmul": round(system.flops() / percentiles(busy[name])["p50"] / matmul_flops, 3),
             "tokens": system.tokens,
             "padding": round(system.padding, 3),
             "peak_growth_gib": None if growth is None else round(growth / 2**30, 3),
@@ -163,8 +163,8 @@ def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str
             ratios = [theirs / mine for theirs, mine in zip(seconds[name], seconds[OURS_OF[name]], strict=True)]
             entry[f"ratio_{name}"] = percentiles(ratios)
             if not on_gpu:
-                used = clocks[name].seconds, clocks[OURS_OF[name]].seconds
-                entry[f"processor_ratio_{name}"] = percentiles([a / b for a, b in zip(*used, strict=True)])
+                used = zip(busy[name], busy[OURS_OF[name]], strict=True)
+                entry[f"processor_ratio_{name}"] = percentiles([theirs / mine for theirs, mine in used])
         else:
             skipped[f"ratio_{name}"] = f"refused: losses or gradients differ: {found}"
             print(f"{workload}: ratio_{name} {skipped[f'ratio_{name}']}", flush=True)
@@ -187,13 +187,14 @@ def summary(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "device": entry["device"],
         "pairs_per_s": {name: found["pairs_per_s"] for name, found in entry["systems"].items()},
         **ratios,
+        "processor_ratios": _ratios(entry, "processor_ratio_"),
         "others": others,
         "skipped": entry["skipped"],
     }
 
 
-def _ratios(entry: dict[str, Any]) -> dict[str, float]:
-    return {name: entry[name]["p50"] for name in entry if name.startswith("ratio_")}
+def _ratios(entry: dict[str, Any], prefix: str = "ratio_") -> dict[str, float]:
+    return {name: entry[name]["p50"] for name in entry if name.startswith(prefix)}
 
 
 def main() -> int:

@@ -26,8 +26,10 @@ def test_benchmark_compares_all_systems_and_ends_with_one_object(tmp_path: Path)
         timeout=300,
     )
     last = json.loads(done.stdout.splitlines()[-1])
-    assert all(last[f"ratio_{name}"] > 0 for name in ("padded_two_forward", "padded_best", "single_turn")), last
+    baselines = ("padded_two_forward", "padded_best", "single_turn")
+    assert all(last[f"ratio_{name}"] > 0 for name in baselines), last
     assert set(last["pairs_per_s"]) == {"ours", "ours_isolated", "padded_two_forward", "padded_best", "single_turn"}
+    assert set(last["processor_ratios"]) == {f"processor_ratio_{name}" for name in baselines}
     assert "single turns" in last["skipped"]["sentence_transformers"]
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     assert [line["benchmark"] for line in lines] == ["step/seven_turns", "step/pictures_both_sides"]
