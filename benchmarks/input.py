@@ -112,7 +112,7 @@ class Bench:
     """Rows, packs and steps of one way to make patches, on files in a folder."""
 
     def __init__(self, folder: Path, images: ImagePipeline, packer: Packer, pack: int, steps: int) -> None:
-        packer = Packer(packer.template, images)
+        packer = Packer(packer.template, images, packer.vision)
         reader = M3TReader(str(folder / "rows.parquet"), str(folder / "images"))
         indexer = Indexer(reader, packer.template, images)
         index = open_index(indexer, str(folder / "index"), builder=True, processes=1, progress=False)
@@ -261,7 +261,7 @@ def main() -> int:
         for i, path in enumerate(own):
             (folder / "images" / f"{i}.jpg").write_bytes(path.read_bytes())
         for i in range(0 if own else options.pack):
-            write_picture(folder / "images" / f"{i}.jpg", *options.size, seed=i)
+            write_picture(folder / "images" / f"{i}.jpg", options.size[0], options.size[1], seed=i)
         paths = sorted(str(path) for path in (folder / "images").iterdir())
         words = sorted({word for text in vocabulary for word in text.split()})
         write_rows(folder, [Path(path).name for path in paths], 2 * options.pack, words)

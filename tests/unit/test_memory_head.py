@@ -49,7 +49,8 @@ def conversation_pack() -> PackedBatch:
     batch, generator = packed(4, history=True), torch.Generator().manual_seed(0)
     rows = torch.randint(0, batch.tokens, (PREDICTED,), generator=generator).sort().values
     labels = torch.randint(0, VOCABULARY, (PREDICTED,), generator=generator)
-    return replace(batch, emb_index_E=rows, labels_E=labels)
+    read_segments = batch.segments.of_rows(rows.numpy())
+    return replace(batch, emb_index_E=rows, labels_E=labels, read_rows_Q=rows, read_segments=read_segments)
 
 
 def peak_bytes(task: CompressTask, batch: PackedBatch) -> int:
