@@ -45,9 +45,10 @@ def task_of(tied: bool, lora: LoraOptions) -> CompressTask:
 
 
 def conversation_pack() -> PackedBatch:
-    """A pack of which some rows predict a token."""
+    """A pack of which some rows predict a token, in stretches as answers are."""
     batch, generator = packed(4, history=True), torch.Generator().manual_seed(0)
-    rows = torch.randint(0, batch.tokens, (PREDICTED,), generator=generator).sort().values
+    starts = torch.linspace(0, batch.tokens - 10, PREDICTED // 10).long()
+    rows = (starts[:, None] + torch.arange(10)).flatten()
     labels = torch.randint(0, VOCABULARY, (PREDICTED,), generator=generator)
     read_segments = batch.segments.of_rows(rows.numpy())
     return replace(batch, emb_index_E=rows, labels_E=labels, read_rows_Q=rows, read_segments=read_segments)

@@ -37,8 +37,9 @@ def test_benchmark_compares_all_systems_and_ends_with_one_object(tmp_path: Path)
         assert line["device"] and line["commit"] and line["versions"]["torch"]
         assert all(found["same"] for found in line["agreement"].values())
         ours, padded = line["systems"]["ours"], line["systems"]["padded_two_forward"]
-        for name in ("pairs", "tokens", "model_gflop"):
+        for name in ("pairs", "tokens"):
             assert ours[name] == pytest.approx(padded[name])
+        assert 0.5 * padded["model_gflop"] < ours["model_gflop"] < padded["model_gflop"]  # the last layer's read rows
         assert padded["padding"] > 0 == ours["padding"]
         assert ours["split_seconds"]["text_forward"] > 0 and ours["split_seconds"]["backward"] > 0
     # Seven copies of the picture: more tokens than the picture once, and the same pairs.
