@@ -19,6 +19,7 @@ from muco_ds.data.templates import COMPRESSION_TOKEN, MASK
 from muco_ds.errors import UserError
 from muco_ds.families import FAMILIES
 from muco_ds.models.attention import BACKENDS, VISION, mark_windows, register_attention
+from muco_ds.models.patch_embedding import use_matrix_product
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
     verify_weights(model, path)
     check_rotary_tables(model)
     mark_windows(model.visual)
+    use_matrix_product(model.visual)
     rows = config.text_config.vocab_size
     if vocabulary > rows:
         log.warning("vocabulary: %d rows enlarged to %d for the new tokens", rows, vocabulary)
