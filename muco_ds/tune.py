@@ -123,6 +123,9 @@ def tune(config: RunConfig, ranks: int, gpu_memory_gib: float, most_steps: int, 
             break
         if any(not trial.fits and trial.candidate.estimated <= candidate.estimated for trial in trials):
             continue  # less was too much
+        errors = [trial.candidate.estimated - trial.needed for trial in trials if trial.needed is not None]
+        if errors and candidate.estimated - max(errors) > limit:
+            continue  # the estimate is known better by now
         if best and candidate.packs >= best.candidate.packs:
             continue  # neither fewer packs nor fewer FLOPs
         measured = run(_with(alone, candidate), candidate.packs)

@@ -102,6 +102,18 @@ def test_what_is_too_much_rules_out_more(config: RunConfig, data: Data, planned:
     assert none.best is None and not any(trial.fits for trial in none.trials)
 
 
+def test_a_measurement_corrects_the_estimates_that_follow(
+    config: RunConfig, data: Data, planned: list[Planned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Candidates for a larger device are tried until one is measured: here the estimate turns out to be right."""
+    all_sizes = candidates(config, data, RANKS, planned, 80 * GIB)
+    limit = min(candidate.estimated for candidate in all_sizes) / GIB
+    tried: list[RunConfig] = []
+    monkeypatch.setattr(module, "_in_packs", lambda planned, candidate: worst([look_at(data.plan, data.plan.step(0))]))
+    tuning = tune(config, RANKS, 0.9 * limit, 4, tries=9, run=device(tried, data, lambda _: True))
+    assert not tuning.trials[0].fits and len(tuning.trials) < 3
+
+
 def test_less_memory_asks_for_more_recomputation(
     config: RunConfig, data: Data, planned: list[Planned], monkeypatch: pytest.MonkeyPatch
 ) -> None:
