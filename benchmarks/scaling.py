@@ -159,9 +159,11 @@ def executed_flops(setup: Setup, examples: float, packs: int) -> float:
     model = FlopsModel.from_config(setup.backbone, train_vision=False, lora=setup.lora)
     tokens, pairs = QUERY_TOKENS + TARGET_TOKENS, (QUERY_TOKENS**2 + TARGET_TOKENS**2) / 2
     layers = text_shape(setup.backbone).layers
-    again = (layers - 1) / layers + (1 if packs > 1 else 0)
-    forward = (model.per_token + model.adapter_per_token) * tokens + model.per_token_pair * pairs
-    return examples * (model.training(tokens, pairs, PATCHES, PATCHES**2) + again * forward)
+    read = 2 * TURNS  # rows that the last layer is asked for
+    linear, attention = (model.per_token + model.adapter_per_token) * tokens, model.per_token_pair * pairs
+    spared = (model.per_unread + model.adapter_per_unread) * (tokens - read)
+    again = linear * (layers - 1) / layers + attention + (linear + attention - spared if packs > 1 else 0.0)
+    return examples * (model.training(tokens, pairs, PATCHES, PATCHES**2, read=read) + again)
 
 
 def table(rows: list[list[object]]) -> str:
@@ -213,7 +215,7 @@ def total_memory(setup: Setup, stage: int, pack_tokens: int, recomputed: Activat
     return estimate(
         setup.backbone,
         json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text()),
-        Load(1, pack_tokens, pack_tokens, patches, patches, rows, 64 * rows // 2),
+        Load(1, pack_tokens, pack_tokens, patches, patches, rows, 64 * rows // 2, 0, rows, pack_tokens),
         vocabulary=0,
         world_size=64,
         precision="bf16",
@@ -232,7 +234,7 @@ def memory_table(all_setups: list[Setup]) -> str:
     ]
     for setup in all_setups:
         totals = [f"{total_memory(setup, stage, setup.pack_tokens) / GIB:.0f}" for stage in (2, 3)]
-        sizes = range(4096, 2**18 + 1, 4096)
+        sizes = range(4096, 2**19 + 1, 4096)
         largest = [
             sizes[bisect_right(sizes, ROOM, key=partial(total_memory, setup, stage)) - 1]  # type: ignore[arg-type]
             for stage in (2, 3)

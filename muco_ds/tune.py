@@ -182,7 +182,7 @@ def _in_packs(planned: list[Planned], candidate: Candidate) -> Load:
     """The fullest rank's load, in the candidate's packs."""
     load = worst(planned)
     share = min(1.0, candidate.pack_tokens / (load.packs * load.tokens))
-    whole = {name: load.packs * getattr(load, name) for name in ("attended", "predicted")}
+    whole = {name: load.packs * getattr(load, name) for name in ("attended", "predicted", "read", "read_attended")}
     parts = {name: math.ceil(share * size) for name, size in {**whole, "patches": load.rank_patches}.items()}
     tokens = min(candidate.pack_tokens, load.packs * load.tokens)
     return replace(load, packs=candidate.packs, tokens=tokens, **parts)

@@ -50,5 +50,10 @@ def test_compute_is_that_of_the_model(small: scaling.Setup) -> None:
     tokens, pairs = 918 + 226, (918**2 + 226**2) / 2
     step = 1024 * model.training(tokens, pairs, scaling.PATCHES, scaling.PATCHES**2)
     assert step == pytest.approx(14.6e15, rel=0.01)
-    assert 1.2 < scaling.executed_flops(full, 1024, 1) / step < 1.3
+    spared = step - 1024 * model.training(tokens, pairs, scaling.PATCHES, scaling.PATCHES**2, read=14)
+    forward = 1024 * (model.per_token * tokens + model.per_token_pair * pairs)
+    assert 0 < spared < forward * 3 / 28, "the last layer, for the rows that are not read"
+    one, several = (scaling.executed_flops(full, 1024, packs) for packs in (1, 2))
+    assert one == pytest.approx(step - spared + forward * 27 / 28, rel=0.005)
+    assert several == pytest.approx(one + forward - spared / 3, rel=0.005)
     assert small.vision == full.vision and small.text > full.text
