@@ -89,9 +89,11 @@ def activation_bytes(
         vision_peak = vision_kept + (block if recomputed == vision.depth else 0) + mlp
     recomputed = checkpointing.text_layers(text.layers)
     below = vision_kept + rotary + recomputed * layer_inputs
-    kept = below + (text.layers - 1 - recomputed) * text_layer + last_layer
-    again = below + text_layer if recomputed else 0
-    return Activations(kept, max(max(kept, again) + text_working, vision_peak))
+    whole = (text.layers - 1 - recomputed) * text_layer
+    # The backward pass has done with the last layer when it comes to the others, and with all of these when it
+    # recomputes.
+    at_work = max(whole, text_layer if recomputed else 0) + text_working
+    return Activations(below + whole + last_layer, max(below + whole + last_layer, below + at_work, vision_peak))
 
 
 def adapter_bytes(linears: list[tuple[int, int]], rows: int, width: int, lora: LoraOptions) -> int:

@@ -61,14 +61,20 @@ class VisionLayout:
     def inputs(self, grids: Sequence[Grid]) -> VisionInputs:
         """For pictures of these grids, one after the other."""
         grid_I3, windows = torch.tensor(grids), None
-        given = {"position_ids": get_vision_position_ids(grid_I3, self.merge_size)}
+        frames = [high * wide for times, high, wide in grids for _ in range(times)]
+        pictures = separate(frames)
+        # Its own attention's lengths are not used (`models.vision_tower`), but would be worked out.
+        given = {
+            "position_ids": get_vision_position_ids(grid_I3, self.merge_size),
+            "cu_seqlens": pictures.cu_q_S1,
+        }
         if self.window_size is not None:
             index, cu = get_vision_window_index(grid_I3, self.merge_size, self.window_size, self.patch_size)
-            given["window_index"], windows = index, separate(np.diff(cu.numpy()))
+            windows = separate(np.diff(cu.numpy()))
+            given |= {"window_index": index, "cu_window_seqlens": windows.cu_q_S1}
         if self.table_side is not None:
             taps = get_vision_interpolation_indices_and_weights(
                 grid_I3, self.table_side, mode="bilinear", align_corners=True, spatial_merge_size=self.merge_size
             )
             given["interp_indices"], given["interp_weights"] = taps
-        frames = [high * wide for times, high, wide in grids for _ in range(times)]
-        return VisionInputs(given, separate(frames), windows)
+        return VisionInputs(given, pictures, windows)

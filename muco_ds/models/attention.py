@@ -28,9 +28,6 @@ BACKENDS = {
 }
 """Config value -> registered name. transformers treats any name that contains "flash" as a hub kernel to download."""
 
-VISION = "muco_vision"
-"""Registered name of the vision tower's attention, which takes the best backend."""
-
 _GROUP_ROUNDING = 16  # padded lengths are multiples of this: few groups, little padding
 
 
@@ -208,7 +205,6 @@ def register_attention() -> None:
     """Make the backends known to transformers' AttentionInterface; the stock models then call them."""
     for backend, name in BACKENDS.items():
         AttentionInterface.register(name, _interface(backend))
-    AttentionInterface.register(VISION, _vision)
 
 
 def _interface(backend: str) -> Any:
@@ -229,32 +225,3 @@ def _interface(backend: str) -> Any:
         return segment_attention(q, k, v, segments, scaling, backend)[None], None
 
     return attention
-
-
-def _vision(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # [1, H, P, d], all pictures
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    pictures: SegmentPlan,
-    windows: SegmentPlan | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """`windows`: what a layer that `mark_windows` marked attends within, instead of the whole picture."""
-    plan = windows if getattr(module, _WINDOWED, False) else pictures
-    assert plan is not None and attention_mask is None and query.shape[0] == 1
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return segment_attention(q, k, v, plan, scaling, "auto")[None], None
-
-
-_WINDOWED = "muco_windowed"
-
-
-def mark_windows(visual: Any) -> None:
-    """Let the attention of a vision tower know in which of its layers it is confined to windows (Qwen2.5-VL)."""
-    whole = getattr(visual, "fullatt_block_indexes", None)
-    for i, block in enumerate(visual.blocks):
-        setattr(block.attn, _WINDOWED, whole is not None and i not in whole)

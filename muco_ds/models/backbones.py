@@ -18,8 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from muco_ds.data.templates import COMPRESSION_TOKEN, MASK
 from muco_ds.errors import UserError
 from muco_ds.families import FAMILIES
-from muco_ds.models.attention import BACKENDS, VISION, mark_windows, register_attention
-from muco_ds.models.patch_embedding import use_matrix_product
+from muco_ds.models.attention import BACKENDS, register_attention
+from muco_ds.models.vision_tower import quicken
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
     config = load_config(path)
     register_attention()
     text_attention = BACKENDS[attention]
-    implementation = {"": text_attention, "text_config": text_attention, "vision_config": VISION}
+    implementation = {"": text_attention, "text_config": text_attention, "vision_config": "sdpa"}
     try:
         model = FAMILIES[config.model_type].model.from_pretrained(
             path,
@@ -147,8 +147,7 @@ def load_backbone(path: str, *, dtype: torch.dtype, attention: str, vocabulary: 
         raise UserError(f"model.path: '{path}' does not load: {str(error).splitlines()[0]}") from error
     verify_weights(model, path)
     check_rotary_tables(model)
-    mark_windows(model.visual)
-    use_matrix_product(model.visual)
+    quicken(model.visual)
     rows = config.text_config.vocab_size
     if vocabulary > rows:
         log.warning("vocabulary: %d rows enlarged to %d for the new tokens", rows, vocabulary)

@@ -248,16 +248,13 @@ class Embedder(nn.Module):
         features = None if kept is None else kept.get(batch.input_ids_T.device)
         if features is None:
             visual, vision = self.model.visual, batch.vision
-            # One stretch, by CPU tensors: the stock tower then calls our attention once a layer and waits for nothing.
-            together = torch.tensor([0, len(batch.pixels_PY)], dtype=torch.int32)
             with torch.no_grad() if self.freeze_vision else nullcontext():
                 frames = self.model.config.vision_config.temporal_patch_size
                 out = visual(
                     patch_values(batch.pixels_PY, batch.palette_CV, frames, visual.dtype),
                     grid_thw=batch.grid_thw_I3,
-                    cu_seqlens=together,
                     pictures=vision.pictures,
-                    **({} if vision.windows is None else {"cu_window_seqlens": together, "windows": vision.windows}),
+                    windows=vision.windows,
                     **vision.given,
                 )
             features = (out.pooler_output, *getattr(out, "deepstack_features", ()))

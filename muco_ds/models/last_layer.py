@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 
 from muco_ds.data.segments import SegmentPlan
+from muco_ds.models.pointwise import rotated
 
 
 class LastLayer(nn.Module):
@@ -45,13 +45,10 @@ class LastLayer(nn.Module):
         attention = self.self_attn
         hidden_TD = hidden_states[0]
         normed_TD = self.input_layernorm(hidden_TD)
-        cos_T1d, sin_T1d = (table_1Td[0, :, None] for table_1Td in position_embeddings)
-        cos_Q1d, sin_Q1d = (table_T1d.index_select(0, read_rows) for table_T1d in (cos_T1d, sin_T1d))
-
-        q_QHd = self._heads("q", normed_TD.index_select(0, read_rows))
-        k_TGd, v_TGd = self._heads("k", normed_TD), self._heads("v", normed_TD)
-        q_QHd = q_QHd * cos_Q1d + rotate_half(q_QHd) * sin_Q1d
-        k_TGd = k_TGd * cos_T1d + rotate_half(k_TGd) * sin_T1d
+        tables_Td = [table_1Td[0] for table_1Td in position_embeddings]
+        tables_Qd = [table_Td.index_select(0, read_rows) for table_Td in tables_Td]
+        q_QHd = rotated(self._heads("q", normed_TD.index_select(0, read_rows)), *tables_Qd)
+        k_TGd, v_TGd = rotated(self._heads("k", normed_TD), *tables_Td), self._heads("v", normed_TD)
         attended_1QHd, _weights = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation](
             attention,
             *(x.transpose(0, 1)[None] for x in (q_QHd, k_TGd, v_TGd)),

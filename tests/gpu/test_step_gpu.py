@@ -13,6 +13,7 @@ from muco_ds.config import LossOptions
 from muco_ds.data.schema import Dialogue, PackedBatch, RowCounts
 from muco_ds.data.segments import separate
 from muco_ds.models.attention import segment_attention
+from muco_ds.models.pointwise import QuickGELU, rotated
 from muco_ds.tasks.crossing import Crossing
 from muco_ds.tasks.muco import MuCoTask
 
@@ -81,6 +82,21 @@ def test_packs_that_cross_ahead_arrive_whole() -> None:
                 assert torch.equal(getattr(arrived, field.name), value), field.name
         assert torch.equal(arrived.vision.given["position_ids"], expected.vision.given["position_ids"])
         del arrived
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_functions_equal_the_plain_ones(dtype: torch.dtype) -> None:
+    """Forward and backward, at several sizes without compiling anew."""
+    for rows in (5, 1200, 777):
+        x_Nd, angle_Nd = torch.randn(rows, 2, 4, 80, dtype=dtype), torch.randn(rows, 80)
+        results = []
+        for device in ("cuda", "cpu"):
+            leaf, tables = x_Nd.to(device).requires_grad_(), (angle_Nd.cos().to(device), angle_Nd.sin().to(device))
+            outs = [rotated(leaf, *tables), QuickGELU()(leaf)]
+            grads = [torch.autograd.grad(out.float().square().sum(), leaf)[0] for out in outs]
+            results.append([tensor.cpu() for tensor in (*outs, *grads)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 80])

@@ -229,7 +229,7 @@ def test_autograd_keeps_what_a_layer_is_said_to_keep(kind: str, precision: str) 
     made = bigger(dtype, False, kind)
     text, vision = text_shape(made.model.config), vision_shape(made.model.config)
     whole = saved_bytes(made, batch)
-    made.model.language_model.layers = made.model.language_model.layers[:-1]
+    made.model.language_model.layers = made.model.language_model.layers[1:]  # the last one is asked for some rows
     made.model.config.text_config.num_hidden_layers -= 1
     fewer_layers = saved_bytes(made, batch)
     made.model.visual.blocks = made.model.visual.blocks[:-1]
