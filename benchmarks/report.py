@@ -158,7 +158,7 @@ def _phases(axis, entries: list[Entry]) -> None:  # type: ignore[no-untyped-def]
                 shares[name] = split[phase] / sum(split[p] for p in PHASES)
             axis.barh(list(shares), list(shares.values()), left=list(left.values()), label=phase.replace("_", " "))
             left = {name: left[name] + share for name, share in shares.items()}
-        axis.legend(fontsize=6, ncol=3)
+        axis.legend(fontsize=6, ncol=6, loc="upper center", bbox_to_anchor=(0.5, -0.1))
         axis.tick_params(labelsize=7)
         axis.invert_yaxis()
 
