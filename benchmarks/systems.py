@@ -16,6 +16,7 @@ from muco_ds.config_lora import LoraOptions
 from muco_ds.config_task import TaskOptions
 from muco_ds.data.schema import Side, StepBatch
 from muco_ds.data.stages.base import longest_rows
+from muco_ds.models.recompute import recompute_layers
 from muco_ds.trainer import Trainer
 
 from baselines.padded import Form
@@ -224,11 +225,11 @@ class Ours:
             self._data = self._open(max(longest, int(self._whole.plan.step(0).tokens / form.packs * 1.05)))
         batch = self.prepare()
         self.batch = batch.pin_memory() if torch.cuda.is_available() else batch
-        on, off = self.model.gradient_checkpointing_enable, self.model.gradient_checkpointing_disable
-        on = getattr(self.model, "activation_checkpointing_enable", on)
-        off = getattr(self.model, "activation_checkpointing_disable", off)
-        self._switch = on if form.checkpointing else off
         self._switch()
+
+    def _switch(self) -> None:
+        """Another of our systems shares the model."""
+        recompute_layers(self.model, ActivationCheckpointing(float(self.form.checkpointing)), freeze_vision=True)
 
     def prepare(self) -> StepBatch:
         batch = self._data.steps(1)[0]
@@ -241,7 +242,7 @@ class Ours:
         return self._whole.collator.sides(plan.samples_B, plan.passes_B, 0)
 
     def step(self) -> object:
-        self._switch()  # another of our systems shares the model
+        self._switch()
         return self.trainer.train_step(self.batch)["loss"]
 
     def backward(self) -> torch.Tensor:
