@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -134,28 +135,62 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Segments of similar shape as a padded batch: n of them, with q query and k key rows each."""
+
+    segments: int
+    queries: int
+    keys: int
+    mask_n1qk: torch.Tensor | None
+    is_causal: bool  # the plain causal mask
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """All groups of a plan: the rows that they are made of, group after group, and where each row's output then lies.
+    None: the rows as they stand."""
+
+    groups: list[_Group]
+    q_rows: torch.Tensor | None
+    k_rows: torch.Tensor | None
+    inverse_Q: torch.Tensor | None
+
+
 def _sdpa(
     q_QHd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, plan: SegmentPlan, scale: float
 ) -> torch.Tensor:
-    groups, inverse_Q = _sdpa_groups(plan, q_QHd.device)
+    made = _sdpa_groups(plan, q_QHd.device)
     repeats = q_QHd.shape[1] // k_TGd.shape[1]
     # Heads are repeated before the gather: SDPA's own enable_gqa falls back to the unfused kernel on a CPU.
     k_THd, v_THd = (x_TGd.repeat_interleave(repeats, 1) if repeats > 1 else x_TGd for x_TGd in (k_TGd, v_TGd))
+    # Rows are gathered once for all groups: a gather for each would have as many gradients of the whole to add up.
+    q_sizes, k_sizes = (
+        [group.segments * getattr(group, side) for group in made.groups] for side in ("queries", "keys")
+    )
+    parts = zip(
+        made.groups,
+        _select(q_QHd, made.q_rows).split(q_sizes),
+        _select(k_THd, made.k_rows).split(k_sizes),
+        _select(v_THd, made.k_rows).split(k_sizes),
+        strict=True,
+    )
     outs = []
-    for q_rows_nq, k_rows_nk, mask_n1qk, is_causal in groups:
-        q, k, v = (x[rows].transpose(1, 2) for x, rows in ((q_QHd, q_rows_nq), (k_THd, k_rows_nk), (v_THd, k_rows_nk)))
-        out_nHqd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_n1qk, is_causal=is_causal, scale=scale)
+    for group, *rows in parts:
+        q, k, v = (x.unflatten(0, (group.segments, -1)).transpose(1, 2) for x in rows)
+        out_nHqd = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=group.mask_n1qk, is_causal=group.is_causal, scale=scale
+        )
         outs.append(out_nHqd.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).index_select(0, inverse_Q)
+    return _select(torch.cat(outs) if len(outs) > 1 else outs[0], made.inverse_Q)
 
 
-Group = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]
-"""Query rows [n, q], key rows [n, k], mask [n, 1, q, k] or None, and whether it is the plain causal one."""
+def _select(x_NHd: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return x_NHd if rows is None else x_NHd.index_select(0, rows)
 
 
-def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[Group], torch.Tensor]:
-    """Segments of similar shape as padded batches, computed once per plan, and where each row's output lies in the
-    concatenation of the batches."""
+def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> _Groups:
+    """Computed once per plan."""
     if "sdpa" in plan.cache:
         return plan.cache["sdpa"]
     cu_q, cu_k = plan.cu_q_S1.cpu().numpy().astype(np.int64), plan.cu_k_S1.cpu().numpy().astype(np.int64)
@@ -163,16 +198,18 @@ def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[Group], 
     kv_index = np.arange(cu_k[-1]) if plan.kv_index_J is None else plan.kv_index_J.cpu().numpy()
     rounding = _GROUP_ROUNDING if plan.causal else 1  # unpadded, segments that see all of themselves need no mask
     padded = np.stack([-(-len_q // rounding), -(-len_k // rounding)], 1) * rounding
-    shapes, owner = np.unique(padded, axis=0, return_inverse=True)
-    groups, inverse, offset = [], np.empty(cu_q[-1], np.int64), 0
-    for g in range(len(shapes)):
+    # Numbered as they first come: segments of one length each stay in their places.
+    _, firsts, owner = np.unique(padded, axis=0, return_index=True, return_inverse=True)
+    groups, all_q, all_k = [], [], []
+    inverse, offset = np.empty(cu_q[-1], np.int64), 0
+    for g in np.argsort(firsts):
         members = np.flatnonzero(owner.reshape(-1) == g)
         q_max, k_max = len_q[members].max(), len_k[members].max()
         q_pos, k_pos = np.arange(q_max), np.arange(k_max)
         q_real = q_pos < len_q[members, None]
         # Padding repeats the segment's own last row, so no other dialogue's values are ever touched, not even times 0.
         q_rows = cu_q[members, None] + np.minimum(q_pos, len_q[members, None] - 1)
-        k_rows = kv_index[cu_k[members, None] + np.minimum(k_pos, len_k[members, None] - 1)]
+        all_k.append(kv_index[cu_k[members, None] + np.minimum(k_pos, len_k[members, None] - 1)].reshape(-1))
         shift = (len_k - len_q)[members, None, None]  # bottom right: row i sees keys up to i + shift
         is_causal = plan.causal and not shift.any()  # padding lies behind what a row sees
         mask_n1qk = None
@@ -181,10 +218,20 @@ def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> tuple[list[Group], 
             mask_n1qk = torch.from_numpy(mask[:, None]).to(device)
         inverse[q_rows[q_real]] = offset + np.flatnonzero(q_real.reshape(-1))
         offset += q_rows.size
-        rows = (torch.from_numpy(x).to(device) for x in (q_rows, k_rows))
-        groups.append((*rows, mask_n1qk, is_causal))
-    plan.cache["sdpa"] = groups, torch.from_numpy(inverse).to(device)
+        all_q.append(q_rows.reshape(-1))
+        groups.append(_Group(len(members), int(q_max), int(k_max), mask_n1qk, is_causal))
+    q_rows, k_rows = np.concatenate(all_q), np.concatenate(all_k)
+    plan.cache["sdpa"] = _Groups(
+        groups,
+        None if _in_place(q_rows) else torch.from_numpy(q_rows).to(device),
+        None if plan.kv_index_J is None and _in_place(k_rows) else torch.from_numpy(k_rows).to(device),
+        None if _in_place(inverse) else torch.from_numpy(inverse).to(device),
+    )
     return plan.cache["sdpa"]
+
+
+def _in_place(rows: np.ndarray) -> bool:
+    return np.array_equal(rows, np.arange(len(rows)))
 
 
 def _dense(

@@ -83,6 +83,17 @@ def test_each_segment_equals_causal_attention_by_itself() -> None:
         start += length
 
 
+def test_keys_of_the_first_segment_alone() -> None:
+    """In their places, and yet not all there are."""
+    builder = SegmentBuilder()
+    for length in (5, 4):
+        builder.add(causal(length))
+    plan = builder.build().of_rows(np.array([4]))
+    q, k, v = inputs(plan, 0, keys=9)
+    found, expected = (segment_attention(q, k, v, plan, scale=0.3, backend=backend) for backend in ("sdpa", "dense"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_no_leak_even_of_nan(seed: int) -> None:
     """Padding and masks keep dialogues apart: NaN in one leaves the outputs of the others bit-equal."""
