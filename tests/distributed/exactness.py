@@ -304,7 +304,7 @@ def errors(outcome: Outcome, expected: Outcome) -> Errors:
         for name, gradient in theirs.items():
             if gradient.norm() > 1e-6 * whole:
                 # The temperature's is one sum over all rows, whose terms cancel: it may be near zero by chance.
-                size = gradient.norm().clamp_min(1e-2 * whole) if name == LOG else gradient.norm()
+                size = gradient.norm().clamp_min(5e-2 * whole) if name == LOG else gradient.norm()
                 gradients.append(float((mine[name] - gradient).norm() / size))
             else:
                 assert mine[name].norm() < 1e-5 * whole, name
