@@ -39,6 +39,7 @@ from muco_ds.models.backbones import draw_rows, load_backbone, load_config, new_
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings
 from muco_ds.models.head import check_head, tied, vocabulary_head
+from muco_ds.models.liger import use_liger
 from muco_ds.models.lora import add_adapter
 from muco_ds.models.recompute import recompute_layers
 from muco_ds.optim import build_optimizer
@@ -272,6 +273,7 @@ def build_engine(
     recompute_layers(model, config.model.activation_checkpointing, freeze_vision=config.model.freeze_vision)
     with env.agreement():  # a head of its own is read here; the engine will partition it
         task = build_task(config, Embedder(model, freeze_vision=config.model.freeze_vision))
+        use_liger(model, config.model.kernels, device)
     if stage < 3:
         task.to(device)
     for module in task.modules():  # zero.Init places parameters; rotary tables are buffers

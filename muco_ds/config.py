@@ -77,6 +77,8 @@ class ModelOptions:
         template: Text around a turn: the backbone's "chat" format (MuCo), or none, "plain" (CoMa).
         freeze_vision: Keep the vision tower's weights fixed (paper: yes).
         attention: Backend of the packed attention; "auto" takes the fastest that is installed.
+        kernels: Norms, SwiGLU and rotary positions by liger-kernel, or by plain "torch"; "auto" takes liger-kernel on a
+            GPU in bf16 where it is installed.
         activation_checkpointing: Recompute layers in the backward pass: less memory, up to a third more compute.
         lora: Train an adapter in place of the weights.
     """
@@ -87,6 +89,7 @@ class ModelOptions:
     template: Literal["chat", "plain"] = "chat"
     freeze_vision: bool = True
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
+    kernels: Literal["auto", "liger", "torch"] = "auto"
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     lora: LoraOptions = field(default_factory=LoraOptions)
 

@@ -29,6 +29,7 @@ from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Processing, read_settings
 from muco_ds.models.items import Item, dialogue_of
 from muco_ds.models.last_layer import LastLayer
+from muco_ds.models.liger import use_liger
 from muco_ds.ops import pool_normalize
 from muco_ds.ops.patches import patch_values
 
@@ -160,6 +161,7 @@ class Embedder(nn.Module):
         processing = Processing.load(path, read_settings(path))
         model = load_backbone(path, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))
         embedder = cls(model, freeze_vision=True).to(device).eval()
+        use_liger(model, "auto", device)
         embedder.packer = processing.packer()
         key = f"{os.path.join(path, SETTINGS_FILE)}: matryoshka"
         embedder.sizes = sizes_of(processing.settings.matryoshka, embedder.sizes[-1], key)
