@@ -63,13 +63,15 @@ class PoolingNorm(nn.Module):
 
     def forward(self, hidden_1ND: torch.Tensor) -> torch.Tensor:
         assert self._pack is not None, "call inside `reading(pack)`"
-        pack, hidden_ND, span = self._pack, hidden_1ND[0], self._pack.span
-        index_E = pack.emb_index_E
+        pack, hidden_ND = self._pack, hidden_1ND[0]
+        span = 1 if pack.labels_E is not None else pack.span
+        index_E: torch.Tensor | None = pack.emb_index_E
         if not self._takes_rows:
-            span = 1 if pack.labels_E is not None else span
-            index_E = torch.arange(span - 1, len(index_E) * span, span, device=index_E.device)
+            pooled = len(pack.emb_index_E) * span
+            hidden_ND = hidden_ND if len(hidden_ND) == pooled else hidden_ND[:pooled]  # one row stands for none
+            index_E = None
         if pack.labels_E is not None:
-            return self._stock(self, hidden_ND.index_select(0, index_E))
+            return self._stock(self, hidden_ND if index_E is None else hidden_ND.index_select(0, index_E))
         return pool_normalize(hidden_ND, index_E, self.weight, self.variance_epsilon, span=span)
 
 

@@ -14,7 +14,7 @@ L2_EPS = 1e-12  # torch.nn.functional.normalize's default
 
 
 def pool_normalize(
-    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, *, span: int = 1
+    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float, *, span: int = 1
 ) -> torch.Tensor:
     """Embeddings emb_ED (float32, unit length), each of the ``span`` rows of ``hidden_TD`` that end at ``emb_index_E``.
 
@@ -26,7 +26,8 @@ def pool_normalize(
     it counts where the norm is clamped.) All arithmetic is float32; a float64 ``hidden_TD`` stays float64 on the CPU.
 
     ``hidden_TD`` is the last layer's output *before* the final norm (float32, bfloat16 or float16); ``emb_index_E``
-    int64 in [span - 1, T), in any order, spans may overlap or repeat, not range-checked by the kernel;
+    int64 in [span - 1, T), in any order, spans may overlap or repeat, not range-checked by the kernel, or None: all rows
+    are spans, one behind the other (T = E * span), which spares the backward pass a scatter;
     ``norm_weight_D`` the norm's weight, which ZeRO-3 must have gathered; ``eps`` the norm's epsilon. Gradients come
     back in the dtype of each input. On CUDA with triton installed this is one kernel forward and one backward,
     elsewhere ``pool_normalize_reference``.
@@ -40,11 +41,12 @@ def pool_normalize(
 
 
 def pool_normalize_reference(
-    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, *, span: int = 1
+    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float, *, span: int = 1
 ) -> torch.Tensor:
     """``pool_normalize`` in plain torch and autograd, on any device."""
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-    x_ESD = hidden_TD.index_select(0, span_rows(emb_index_E, span)).to(dtype).view(-1, span, hidden_TD.shape[1])
+    rows_RD = hidden_TD if emb_index_E is None else hidden_TD.index_select(0, span_rows(emb_index_E, span))
+    x_ESD = rows_RD.to(dtype).view(-1, span, hidden_TD.shape[1])
     rstd_ES1 = torch.rsqrt(x_ESD.square().mean(-1, keepdim=True) + eps)
     return F.normalize((x_ESD * rstd_ES1).mean(1) * norm_weight_D.to(dtype), dim=-1, eps=L2_EPS)
 

@@ -24,8 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from muco_ds.ops.pool_normalize import L2_EPS, span_rows
 
-# Fixed, not the number of multiprocessors: the order of the weight gradient's sum is then the same on every GPU.
-BACKWARD_PROGRAMS = 128
+# By the embeddings alone, not by the number of multiprocessors: the order of the weight gradient's sum is then the same
+# on every GPU. A program waits for each of its rows, so several must run on a multiprocessor at a time.
+BACKWARD_PROGRAMS = 1024
+ROWS_PER_PROGRAM = 4  # at least: each program leaves a row of the weight's gradient to be summed
 
 
 @triton.jit
@@ -118,10 +120,19 @@ def _launch_options(dim: int, span: int) -> dict[str, int]:
 class _PoolNormalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, span: int
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        emb_index_E: torch.Tensor | None,
+        norm_weight_D: torch.Tensor,
+        eps: float,
+        span: int,
     ) -> torch.Tensor:
         if hidden_TD.stride(1) != 1:
             hidden_TD = hidden_TD.contiguous()
+        ctx.all_rows = emb_index_E is None
+        if emb_index_E is None:
+            emb_index_E = torch.arange(span - 1, len(hidden_TD), span, device=hidden_TD.device)
+            assert len(emb_index_E) * span == len(hidden_TD), "spans one behind the other"
         emb_index_E, norm_weight_D = emb_index_E.contiguous(), norm_weight_D.contiguous()
         n_embs, dim = len(emb_index_E), hidden_TD.shape[1]
         emb_ED = torch.empty(n_embs, dim, dtype=torch.float32, device=hidden_TD.device)
@@ -149,7 +160,7 @@ class _PoolNormalize(torch.autograd.Function):
     def backward(ctx: Any, grad_emb_ED: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None, None]:
         hidden_TD, emb_index_E, norm_weight_D, rstd_ES, inv_norm_E = ctx.saved_tensors
         (n_embs, span), dim = rstd_ES.shape, hidden_TD.shape[1]
-        n_programs = min(n_embs, BACKWARD_PROGRAMS)
+        n_programs = min(triton.cdiv(n_embs, ROWS_PER_PROGRAM), BACKWARD_PROGRAMS)
         grad_row_RD = torch.empty(n_embs * span, dim, dtype=hidden_TD.dtype, device=hidden_TD.device)
         grad_weight_PD = torch.empty(n_programs, dim, dtype=torch.float32, device=hidden_TD.device)
         with torch.cuda.device_of(hidden_TD):
@@ -168,14 +179,17 @@ class _PoolNormalize(torch.autograd.Function):
                 L2_EPS,
                 **_launch_options(dim, span),
             )
+        grad_weight_D = grad_weight_PD.sum(0).to(norm_weight_D.dtype)
+        if ctx.all_rows:
+            return grad_row_RD, None, grad_weight_D, None, None
         grad_hidden_TD = torch.zeros_like(hidden_TD)
         # Not index_add_: with a repeated index that is a race of atomics on CUDA, while this sorts and is reproducible.
         grad_hidden_TD.index_put_((span_rows(emb_index_E, span),), grad_row_RD, accumulate=True)
-        return grad_hidden_TD, None, grad_weight_PD.sum(0).to(norm_weight_D.dtype), None, None
+        return grad_hidden_TD, None, grad_weight_D, None, None
 
 
 def pool_normalize_triton(
-    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, *, span: int = 1
+    hidden_TD: torch.Tensor, emb_index_E: torch.Tensor | None, norm_weight_D: torch.Tensor, eps: float, *, span: int = 1
 ) -> torch.Tensor:
     """``muco_ds.ops.pool_normalize`` by the kernels: CUDA tensors, or any under TRITON_INTERPRET=1."""
     assert span >= 1, span

@@ -18,7 +18,7 @@ from interpreter import run_interpreted
 pytest.importorskip("triton", reason="triton is not installed")
 
 # name: (T, D, pooled rows (last of each span), dtype, eps, scale of the hidden states, span)
-CASES: dict[str, tuple[int, int, list[int], torch.dtype, float, float, int]] = {
+CASES: dict[str, tuple[int, int, list[int] | None, torch.dtype, float, float, int]] = {
     "one row": (5, 48, [3], torch.float32, 1e-6, 1.0, 1),
     "unsorted and repeated": (9, 48, [7, 2, 7, 0, 7], torch.float32, 1e-6, 1.0, 1),
     "width of 2B": (6, 1536, [5, 1], torch.float32, 1e-6, 1.0, 1),
@@ -35,6 +35,9 @@ CASES: dict[str, tuple[int, int, list[int], torch.dtype, float, float, int]] = {
     "more spans than programs": (40, 16, [7 + i * 7 % 33 for i in range(131)], torch.float32, 1e-6, 1.0, 8),
     "span with large eps": (20, 48, [9, 7], torch.float32, 0.5, 1.0, 8),
     "span with clamped norm": (20, 48, [9, 7], torch.float32, 1e-6, 1e-17, 8),
+    "every row": (13, 48, None, torch.float32, 1e-6, 1.0, 1),
+    "every row, in spans, in half precision": (24, 48, None, torch.float16, 1e-6, 1.0, 8),
+    "no row at all": (0, 48, None, torch.float32, 1e-6, 1.0, 1),
     "no spans": (40, 48, [], torch.float32, 1e-6, 1.0, 32),
 }
 
@@ -48,13 +51,16 @@ def compare_with_twin(name: str) -> dict[str, float]:
     generator = torch.Generator().manual_seed(1)
     wide = (torch.randn(n_tokens, 2 * dim, generator=generator) * scale).to(dtype)
     weight_D = (torch.rand(dim, generator=generator) + 0.5).to(dtype)
-    index_E = torch.tensor(index, dtype=torch.int64)
-    upstream_ED = torch.randn(len(index), dim, generator=generator)
+    # Of every row the twin is told one by one.
+    told = range(span - 1, n_tokens, span) if index is None else index
+    index_E = torch.tensor(told, dtype=torch.int64)
+    upstream_ED = torch.randn(len(index_E), dim, generator=generator)
     outputs = []
     for pool in (pool_normalize_triton, pool_normalize_reference):
         leaves = [wide[:, :dim].detach().requires_grad_(), weight_D.clone().requires_grad_()]
-        emb_ED = pool(leaves[0], index_E, leaves[1], eps, span=span)
-        assert emb_ED.dtype == torch.float32 and emb_ED.shape == (len(index), dim)
+        given_E = None if index is None and pool is pool_normalize_triton else index_E
+        emb_ED = pool(leaves[0], given_E, leaves[1], eps, span=span)
+        assert emb_ED.dtype == torch.float32 and emb_ED.shape == (len(index_E), dim)
         outputs.append([emb_ED, *torch.autograd.grad(emb_ED, leaves, upstream_ED)])
     errors = {}
     for label, got, want in zip(["emb", "grad_hidden", "grad_weight"], *outputs, strict=True):
