@@ -8,6 +8,9 @@
 - cuda: 65,536 x 65,536 x 1,536 in bfloat16 by the kernels: peak memory beyond inputs and gradients (aim: < 5 % of the
   dense float32 logits), and the rate of forward and backward beside torch.matmul of the same shapes (aim: >= 60 %).
   Only useful operations count, on both sides: three products, 6 R K D. Recomputed logits do not.
+- keys: 4,096 rows (512 on a CPU) against 4k to 1M keys (64k on a CPU): ours, dense where its matrices fit, and
+  `chunked`: dense for some rows at a time, recomputed in the backward pass (torch.utils.checkpoint), the plain way to
+  bound memory. Forward and backward, as a share of the rate of bare matrix products, and the growth of memory.
 
 Appends one JSON line per measurement to benchmarks/results/info_nce.jsonl. Without a CUDA GPU the last is skipped.
 """
@@ -17,18 +20,30 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from muco_ds.losses import InfoNCE, RowIds, info_nce, info_nce_dense
 
-from harness import percentiles, provenance, record, sample
+from ceilings import matmul
+from harness import peak_growth, percentiles, provenance, record, sample
 
 RESULTS = Path(__file__).parent / "results" / "info_nce.jsonl"
+PARTS = ["cpu_speed", "cpu_memory", "cuda", "keys"]
+KEYS = [2**12, 2**14, 2**16, 2**18, 2**20]
+TEMPERATURE = 0.2
+"""Of the part `keys`: random rows have a loss above zero there, which can be compared."""
+CHUNK_ENTRIES = 2**26
+"""Logits of a chunk: 256 MiB in float32, several times that in all."""
+DENSE_BYTES_PER_ENTRY = 40
+"""Of the dense form at its peak: float32 logits, their copies in the loss and the statistics, masks, gradients."""
 Batch = tuple[torch.Tensor, torch.Tensor, RowIds, RowIds]
 
 
@@ -142,14 +157,94 @@ def cuda(size: int, dim: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def between(rows: int, keys: int, dim: int, device: str) -> Batch:
+    """Rows whose positives are the first keys; a CPU's are float32, a GPU's bfloat16."""
+    query_KD, key_KD, _ids, ids = make_batch(keys, dim, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return query_KD.detach()[:rows].requires_grad_(), key_KD, ids.rows(0, rows), ids
+
+
+def chunked(
+    query_RD: torch.Tensor, key_KD: torch.Tensor, query_ids: RowIds, key_ids: RowIds, *, temperature: float
+) -> InfoNCE:
+    """The dense form for as many rows at a time as make CHUNK_ENTRIES logits, recomputed in the backward pass."""
+    rows = max(16, CHUNK_ENTRIES // len(key_KD))
+
+    def part(query_rD: torch.Tensor, key_KD: torch.Tensor, start: int) -> torch.Tensor:
+        ids = query_ids.rows(start, start + len(query_rD))
+        return info_nce_dense(query_rD, key_KD, ids, key_ids, temperature=temperature).loss_sum
+
+    parts = [
+        checkpoint(part, query_rD, key_KD, i * rows, use_reentrant=False)
+        for i, query_rD in enumerate(query_RD.split(rows))
+    ]
+    return InfoNCE(torch.stack(parts).sum(), len(query_RD), {})
+
+
+def check(losses: dict[str, Callable[..., InfoNCE]], batch: Batch) -> None:
+    """The same loss and gradients, or an error."""
+    limit = 2e-2 if batch[0].is_cuda else 1e-4  # bfloat16
+    found = {}
+    for name, loss in losses.items():
+        loss_sum = loss(*batch).loss_sum
+        found[name] = [loss_sum.detach(), *torch.autograd.grad(loss_sum, batch[:2])]
+    for name, values in found.items():
+        for ours, theirs in zip(found["ours"], values, strict=True):
+            difference = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+            assert difference <= limit, f"{name} differs from ours by {difference:.1e}"
+
+
+def keys_sweep(rows: int, keys: int, dim: int, device: str, repeats: int) -> dict[str, Any]:
+    rows = min(rows, keys)
+    batch, product = between(rows, keys, dim, device), matmul(torch.device(device))
+    forms: dict[str, Callable[..., InfoNCE]] = {"ours": info_nce, "chunked": chunked, "dense": info_nce_dense}
+    losses: dict[str, Callable[..., InfoNCE]] = {
+        name: partial(form, temperature=TEMPERATURE) for name, form in forms.items()
+    }
+    skipped, needed = {}, DENSE_BYTES_PER_ENTRY * rows * keys
+    if needed > free_bytes(device):
+        losses.pop("dense")
+        skipped["dense"] = f"needs about {needed / 2**30:.0f} GiB"
+        print(f"{keys} keys: dense is skipped: {skipped['dense']}", flush=True)
+    check(losses, batch)
+    growth = {name: peak_growth(step(loss, batch)) for name, loss in losses.items()}
+    works: dict[str, Callable[[], object]] = {name: step(loss, batch) for name, loss in losses.items()}
+    seconds = sample({**works, "matmul": product.run}, repeats)
+    rate, flops = product.rate(seconds["matmul"]), 6.0 * rows * keys * dim
+    return {
+        "benchmark": "info_nce/keys",
+        "shape": {"rows": rows, "keys": keys, "dim": dim, "dtype": str(batch[0].dtype).removeprefix("torch.")},
+        "repeats": repeats,
+        "matmul_gflops": round(rate / 1e9, 1),
+        "systems": {
+            name: {
+                "seconds": percentiles(seconds[name]),
+                "share_of_matmul": round(flops / percentiles(seconds[name])["p50"] / rate, 4),
+                "peak_growth_bytes": growth[name],
+            }
+            for name in losses
+        },
+        "dense_logits_bytes": 4 * rows * keys,
+        "skipped": skipped,
+    }
+
+
+def free_bytes(device: str) -> int:
+    """Memory that may be used, with room left."""
+    if device == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info()[0])
+    return int(0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["cpu_speed", "cpu_memory", "cuda"], help="default: all")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="default: all")
     parser.add_argument("--rows", type=int, help="rows, and keys, of each measurement (default: as above)")
+    parser.add_argument("--keys", type=int, nargs="+", help="of the part `keys` (default: as above)")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    wanted = args.only or ["cpu_speed", "cpu_memory", "cuda"]
+    wanted = args.only or PARTS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cpu_speed" in wanted:
         for dim in (256, 1536):
             record(args.results, cpu_speed(args.rows or 4096, dim, args.repeats) | provenance())
@@ -160,6 +255,10 @@ def main() -> None:
             record(args.results, cuda(args.rows or 65536, 1536, args.repeats) | provenance())
         else:
             print("skipped, no CUDA GPU: 65,536 x 65,536 x 1,536 in bfloat16 (memory and rate of the kernels)")
+    if "keys" in wanted:
+        rows, dim = (4096, 1536) if device == "cuda" else (512, 256)
+        for keys in args.keys or [size for size in KEYS if device == "cuda" or size <= 65536]:
+            record(args.results, keys_sweep(args.rows or rows, keys, dim, device, args.repeats) | provenance())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,29 +65,6 @@ def tune(system: System, forms: Sequence[Any]) -> None:
 def _free_bytes() -> float:
     total = torch.cuda.get_device_properties(0).total_memory
     return USABLE * total - torch.cuda.memory_allocated()
-
-
-@dataclass(frozen=True)
-class Product:
-    """Matrix products to compare with: `run` does `flops` of them."""
-
-    run: Callable[[], object]
-    flops: float
-
-
-def matmul(device: torch.device) -> Product:
-    """Square products as large as the device likes them, in the precision of its presets."""
-    on_gpu = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
-    count = 20
-
-    def run() -> None:
-        for _ in range(count):
-            torch.matmul(a, b)
-
-    run()
-    return Product(run, count * 2.0 * size**3)
 
 
 def per_second(system: System, seconds: float, images: int, peak: float | None) -> dict[str, Any]:

@@ -131,6 +131,62 @@ def plan(entry: Entry) -> list[Row]:
     ]
 
 
+def attention(entry: Entry) -> list[Row]:
+    """A row a system; seconds in milliseconds."""
+    return [
+        {
+            "layout": entry["benchmark"].removeprefix("attention/"),
+            "rows": number(entry["shape"]["rows"]),
+            "heads": f"{entry['shape']['heads']}/{entry['shape']['kv_heads']} of {entry['shape']['head_dim']}",
+            "padding": number(entry["padding"]),
+            "system": name,
+            "forward, ms": _milliseconds(system["forward_seconds"]),
+            "of matmul": number(system["forward_share_of_matmul"]),
+            "and backward, ms": _milliseconds(system["seconds"]),
+            "of matmul, both": number(system["share_of_matmul"]),
+        }
+        for name, system in entry["systems"].items()
+    ]
+
+
+def pooler(entry: Entry) -> list[Row]:
+    return [
+        {
+            "layout": entry["benchmark"].removeprefix("pooler/"),
+            "embeddings": number(entry["shape"]["embeddings"]),
+            "rows": number(entry["shape"]["rows"]),
+            "system": f"{name} ({entry['form']})" if name == "ours" else name,
+            "forward, ms": _milliseconds(system["forward_seconds"]),
+            "of copy": number(system["forward_share_of_copy"]),
+            "and backward, ms": _milliseconds(system["seconds"]),
+            "of copy, both": number(system["share_of_copy"]),
+        }
+        for name, system in entry["systems"].items()
+    ]
+
+
+def info_nce(entry: Entry) -> list[Row]:
+    """Of the sweep over keys a row a system."""
+    if "systems" not in entry:
+        return generic(entry)
+    return [
+        {
+            "rows": number(entry["shape"]["rows"]),
+            "keys": number(entry["shape"]["keys"]),
+            "dim": number(entry["shape"]["dim"]),
+            "form": name,
+            "forward and backward, ms": _milliseconds(system["seconds"]),
+            "of matmul": number(system["share_of_matmul"]),
+            "memory, MiB": number(None if (grown := system["peak_growth_bytes"]) is None else grown / 2**20),
+        }
+        for name, system in entry["systems"].items()
+    ]
+
+
+def _milliseconds(spread: dict[str, float] | None) -> str:
+    return median(None if spread is None else {name: 1e3 * seconds for name, seconds in spread.items()})
+
+
 TABLES = {
     "step": Table(
         "The training step",
@@ -149,13 +205,26 @@ TABLES = {
         "Planning a step", "Balance, fill and time of the plan on M3T-like sizes.", plan,
         ("ranks", "images", "pack_tokens"),
     ),
-    "info_nce": Table("The contrastive loss", "Tiled or fused against dense.", generic),
+    "ceilings": Table("Ceilings", "What the device does at best: matrix products, copies.", generic, ("dtype",)),
+    "info_nce": Table(
+        "The contrastive loss",
+        "Tiled or fused against dense, and against `chunked`: dense for some rows at a time, recomputed in backward.",
+        info_nce,
+    ),
     "linear_cross_entropy": Table(
         "The vocabulary head", "Cross-entropy without whole logits against dense.", generic, ("shape", "table", "form")
     ),
     "compression_plan": Table("Attention of compression", "Segments that see the tokens alone.", generic),
-    "attention": Table("Packed attention", "SegmentPlan attention against others.", generic),
-    "pooler": Table("Pooling", "Pooling, final norm and unit length against eager.", generic),
+    "attention": Table(
+        "Packed attention",
+        "A SegmentPlan's attention by backend, a padded batch by SDPA, and flex attention; the same real rows, outputs "
+        "compared. FLOPs of the plan's query-key pairs for all, over the rate of bare matrix products.",
+        attention,
+    ),
+    "pooler": Table(
+        "Pooling", "Final norm and unit length of pooled rows; least bytes that must move, over those of a plain copy.",
+        pooler,
+    ),
     "encode": Table("Inference", "Against sentence-transformers.", generic, ("preset", "dtype", "rows")),
     "input": Table("The input side", "Decode, resize and patch layout.", generic),
 }  # fmt: skip

@@ -41,8 +41,9 @@ from muco_ds.trainer import Trainer
 from baselines.library import LibraryForm, LibrarySystem, export, missing
 from baselines.padded import RELEASED, PaddedSystem
 from baselines.stock import Stock
+from ceilings import matmul
 from harness import peak_growth, percentiles, provenance, record, sample
-from measure import ProcessorClock, agreement, matmul, per_second, split, tune
+from measure import ProcessorClock, agreement, per_second, split, tune
 from model_shapes import write_shape
 from systems import PRESETS, TEMPERATURE, Ours, Preset, System, run_config
 from workloads import MAIN, WORKLOADS, write_rows
@@ -131,7 +132,7 @@ def run(bench: Bench, workload: str, names: list[str], repeats: int) -> dict[str
     seconds = sample({name: clock.run for name, clock in clocks.items()}, repeats, 0)
     on_gpu = bench.device.type == "cuda"
     busy = seconds if on_gpu else {name: clock.seconds for name, clock in clocks.items()}
-    matmul_flops = product.flops / percentiles(busy["matmul"])["p50"]
+    matmul_flops = product.amount / percentiles(busy["matmul"])["p50"]
     entry: dict[str, Any] = {
         "benchmark": f"step/{workload}",
         "model": bench.preset.shape,

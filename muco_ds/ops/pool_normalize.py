@@ -26,8 +26,8 @@ def pool_normalize(
     it counts where the norm is clamped.) All arithmetic is float32; a float64 ``hidden_TD`` stays float64 on the CPU.
 
     ``hidden_TD`` is the last layer's output *before* the final norm (float32, bfloat16 or float16); ``emb_index_E``
-    int64 in [span - 1, T), in any order, spans may overlap or repeat, not range-checked by the kernel, or None: all rows
-    are spans, one behind the other (T = E * span), which spares the backward pass a scatter;
+    int64 in [span - 1, T), in any order, spans may overlap or repeat, not range-checked by the kernel, or None: every
+    row is pooled, span by span (T = E * span), which spares the backward pass a scatter;
     ``norm_weight_D`` the norm's weight, which ZeRO-3 must have gathered; ``eps`` the norm's epsilon. Gradients come
     back in the dtype of each input. On CUDA with triton installed this is one kernel forward and one backward,
     elsewhere ``pool_normalize_reference``.
