@@ -60,7 +60,7 @@ SECONDS=0
     benchmark info_nce 80 info_nce --only cuda keys --repeats 5 $(sizes --rows 64 --keys 128 512 --repeats 2)
     benchmark step_2b 170 step --preset h200_2b --workloads seven_turns --repeats 3
     benchmark step_7b 170 step --preset h200_7b --workloads seven_turns --repeats 2 --systems ours padded_best
-    part tests 150 -m pytest tests/gpu -q -x -rs -p no:cacheprovider --deselect tests/gpu/test_train_2b_gpu.py
+    part tests 150 -m pytest tests/gpu -q -rs -p no:cacheprovider --maxfail 10 --durations 5 --deselect tests/gpu/test_train_2b_gpu.py
     benchmark encode 80 encode --repeats 2 $(sizes --preset toy)
     benchmark input 40 input --repeats 3 $(sizes --pack 2 --steps 1 --repeats 1 --size 96 84)
 }
