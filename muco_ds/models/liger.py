@@ -1,4 +1,4 @@
-"""liger-kernel's fused kernels inside the stock modules of both towers: RMSNorm, SwiGLU and rotary positions.
+"""liger-kernel inside stock modules: RMSNorm and SwiGLU in both towers, rotary positions in the text tower.
 
 Each module that is replaced keeps its parameters and their names: it is given a subclass of its stock class with
 another `forward`. So weights are still used in the forward of the module that owns them (ZeRO-3 gathers them there),
@@ -7,9 +7,10 @@ with transformers 5.23, or set names that its models don't read.
 
 A module is replaced only if its class is one of those listed here, and only after a trial: for each class and width
 the stock forward and ours run on small random inputs, and outputs and gradients must agree. LayerNorm stays torch's,
-which is one kernel already; so does the rotation in the last text layer, whose queries are fewer than its keys.
+which is one kernel already. `pointwise.rotated` rotates in the vision tower, in parts of one tensor, and in the
+last text layer, whose queries are fewer than its keys: the kernel wants as many.
 
-Shape suffixes: T rows, P patches, D hidden size, H query heads, G key/value heads, d head dimension.
+Shape suffixes: T rows, D hidden size, H query heads, G key/value heads, d head dimension.
 """
 
 from __future__ import annotations
@@ -145,22 +146,6 @@ def _text_attention(
     return self.o_proj(out.flatten(2)), weights
 
 
-def _vision_attention(
-    self: Any,
-    hidden_states: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    position_embeddings: Any = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    assert len(cu_seqlens) == 2, "our attention knows the pictures by itself"
-    qkv_P3Hd = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-    q, k, v = (x_PHd.transpose(0, 1)[None] for x_PHd in qkv_P3Hd.unbind(1))
-    q, k = _rotate(q, k, position_embeddings)
-    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-    out_1PHd, _weights = attend(self, q, k, v, attention_mask=None, scaling=self.scaling, **kwargs)
-    return self.proj(out_1PHd[0].flatten(1))
-
-
 # ---- their trials
 
 
@@ -177,10 +162,10 @@ class _Draw:
         self.leaves.append(values.requires_grad_())
         return values
 
-    def tables(self, dim: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of any angles, [rows, dim], the right half like the left."""
         angles = torch.rand(_TRIAL_ROWS, dim // 2, generator=self._generator).mul_(6).repeat(1, 2).to(self.device)
-        return angles.cos().to(dtype or self._dtype), angles.sin().to(dtype or self._dtype)
+        return angles.cos().to(self._dtype), angles.sin().to(self._dtype)
 
     def plan(self) -> Any:
         return separate([_TRIAL_ROWS - 7, 7]).map(lambda tensor: tensor.to(self.device))
@@ -211,17 +196,6 @@ def _text_stand_in(draw: _Draw, attention: Any) -> _StandIn:
     )
     given = {"attention_mask": None, "position_embeddings": tuple(table[None] for table in draw.tables(dim))}
     return stand_in, (draw.leaf(1, _TRIAL_ROWS, ends[-1]),), given | {"segments": draw.plan()}
-
-
-def _vision_stand_in(draw: _Draw, attention: Any) -> _StandIn:
-    heads, dim = _vision_size(attention)
-    stand_in = SimpleNamespace(
-        **{"qkv": _same, "proj": _same, "config": attention.config, "num_heads": heads, "scaling": dim**-0.5},
-        **{"training": False, "attention_dropout": 0.0},
-    )
-    together = torch.tensor([0, _TRIAL_ROWS], dtype=torch.int32)
-    given = {"cu_seqlens": together, "position_embeddings": draw.tables(dim, torch.float32), "pictures": draw.plan()}
-    return stand_in, (draw.leaf(_TRIAL_ROWS, 3 * heads * dim),), given
 
 
 class _Cut:
@@ -279,20 +253,12 @@ def _text_size(attention: Any) -> tuple[int, ...]:
     return attention.config.num_attention_heads, attention.config.num_key_value_heads, attention.head_dim
 
 
-def _vision_size(attention: Any) -> tuple[int, ...]:
-    return attention.num_heads, attention.head_dim
-
-
 _NORM = _Kind("RMSNorm", _rms_norm, _norm_size, _norm_stand_in)
 _MLP = _Kind("SwiGLU", _swiglu, _mlp_size, _mlp_stand_in)
 _TEXT = _Kind("rotary", _text_attention, _text_size, _text_stand_in)
-_VISION = _Kind("rotary", _vision_attention, _vision_size, _vision_stand_in)
 _KINDS: dict[type, _Kind] = {
     **dict.fromkeys((qwen2_vl.Qwen2VLRMSNorm, qwen2_5_vl.Qwen2_5_VLRMSNorm, qwen3_vl.Qwen3VLTextRMSNorm), _NORM),
     **dict.fromkeys((qwen2_vl.Qwen2MLP, qwen2_5_vl.Qwen2MLP, qwen2_5_vl.Qwen2_5_VLMLP, qwen3_vl.Qwen3VLTextMLP), _MLP),
     **dict.fromkeys((qwen2_vl.Qwen2VLAttention, qwen2_5_vl.Qwen2_5_VLAttention, qwen3_vl.Qwen3VLTextAttention), _TEXT),
-    **dict.fromkeys(
-        (qwen2_vl.VisionAttention, qwen2_5_vl.Qwen2_5_VLVisionAttention, qwen3_vl.Qwen3VLVisionAttention), _VISION
-    ),
 }
 _FUSED = {stock: type(f"Liger{stock.__name__}", (stock,), {"forward": kind.forward}) for stock, kind in _KINDS.items()}
