@@ -20,7 +20,7 @@ pytestmark = [
 def run(
     pool: Callable[..., torch.Tensor],
     hidden_TD: torch.Tensor,
-    index_E: torch.Tensor,
+    index_E: torch.Tensor | None,
     weight_D: torch.Tensor,
     span: int = 1,
 ) -> list[torch.Tensor]:
@@ -57,6 +57,19 @@ def test_kernel_equals_twin_forward_and_backward(
         # Twice the rounding of the gradient's dtype: a repeated row is rounded before and after the sum.
         tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
         assert (got_grad.float() - want_grad).norm() <= tolerance * want_grad.norm()
+
+
+@pytest.mark.parametrize("span", [1, 32])
+@pytest.mark.parametrize("n_embs", [1, 448, 9000])
+def test_every_row_in_order(n_embs: int, span: int) -> None:
+    hidden_TD, weight_D = (
+        torch.randn(n_embs * span, 1536, device="cuda").bfloat16(),
+        torch.rand(1536, device="cuda") + 0.5,
+    )
+    got = run(pool_normalize, hidden_TD, None, weight_D, span)
+    want = run(pool_normalize_reference, hidden_TD.float(), None, weight_D, span)
+    for ours, exact in zip(got, want, strict=True):
+        assert (ours.float() - exact).norm() <= 1e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("span", [1, 32])
