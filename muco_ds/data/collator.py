@@ -44,7 +44,7 @@ class Packer:
             patches: those of all pictures in their order, where they have been made already.
         """
         if not sides:
-            return self._spare()
+            return self.spare(conversation=self.conversations is not None)
         text_ids = iter(self.template.encode_turns([text for side in sides for text in _texts(side.dialogue)]))
         row = _Row()
         made = None if patches is None else iter(patches)
@@ -74,17 +74,20 @@ class Packer:
         questions, answers = turns[0::2], turns[1::2]
         return self.conversations.render(context, questions, answers, grids, merge_size, unfinished=dialogue.unfinished)
 
-    def _spare(self) -> PackedBatch:
-        """What a rank works on while others have one pack more: next to nothing, but a forward like any other."""
+    def spare(self, *, conversation: bool = False) -> PackedBatch:
+        """What a rank works on while others have one pack more: next to nothing, but a forward like any other.
+
+        Args:
+            conversation: the others' packs are of conversations.
+        """
         filler = Side(QUERY, Dialogue(("-",)), history=True, ids_k3=np.zeros((1, 3), np.int64))
         batch = self.pack([filler], replace_broken=False)
-        labels_E = None if self.conversations is None else torch.zeros(0, dtype=torch.int64)
         return replace(
             batch,
             emb_index_E=batch.emb_index_E[:0],
             ids_E3=batch.ids_E3[:0],
             counts=RowCounts(0, 0),
-            labels_E=labels_E,
+            labels_E=torch.zeros(0, dtype=torch.int64) if conversation else None,
         )
 
     def _picture(self, ref, row: _Row, replace_broken: bool) -> Patches:  # type: ignore[no-untyped-def]

@@ -225,7 +225,7 @@ def _sdpa_groups(plan: SegmentPlan, device: torch.device) -> _Groups:
         groups,
         None if _in_place(q_rows) else torch.from_numpy(q_rows).to(device),
         None if plan.kv_index_J is None and _in_place(k_rows) else torch.from_numpy(k_rows).to(device),
-        None if _in_place(inverse) else torch.from_numpy(inverse).to(device),
+        None if _in_place(inverse) and offset == len(inverse) else torch.from_numpy(inverse).to(device),
     )
     return plan.cache["sdpa"]
 

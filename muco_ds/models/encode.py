@@ -150,7 +150,7 @@ class _Crew:
         self.packer, self.decoders, self.pack_tokens = packer, decoders, pack_tokens
         self.shared, self.mark_broken, self.pin = shared, mark_broken, pin
         # Made here because it is tokenised: tokenising is left to one thread at a time.
-        self.spare = packer.pack([], replace_broken=False)
+        self.spare = packer.spare()
 
     def rounds(self, planner: ThreadPoolExecutor, windows: Iterable[Sequence[Dialogue]]) -> Iterator[_Round]:
         """Every window's rounds; this rank's pack of a round is being built when it comes out."""

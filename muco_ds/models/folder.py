@@ -68,23 +68,24 @@ class Processing:
     tokenizer: PreTrainedTokenizerFast
     image_processor: Qwen2VLImageProcessorPil
     settings: Settings
-    vision: VisionLayout
+    path: str
 
     @classmethod
     def load(cls, path: str, settings: Settings, *, masks: bool = False) -> Processing:
         """From a backbone folder (new tokens are added, see `load_tokenizer`) or from one of our own."""
         tokenizer = load_tokenizer(path, settings.pool_token, masks=masks, compression=settings.compression_tokens)
-        return cls(tokenizer, load_image_processor(path), settings, VisionLayout(load_config(path)))
+        return cls(tokenizer, load_image_processor(path), settings, path)
 
     def packer(self) -> Packer:
-        settings = self.settings
+        """Of a folder with a backbone, which an adapter's is not."""
+        settings, vision = self.settings, VisionLayout(load_config(self.path))
         template = ChatTemplate(
             self.tokenizer,
             settings.pool_token,
             compression_tokens=settings.compression_tokens,
             template=settings.template,
         )
-        return Packer(template, ImagePipeline(self.image_processor, settings.limits), self.vision)
+        return Packer(template, ImagePipeline(self.image_processor, settings.limits), vision)
 
     def save(self, path: Path, config: PretrainedConfig) -> None:
         """Write everything but the weights."""

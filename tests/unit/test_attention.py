@@ -94,6 +94,17 @@ def test_keys_of_the_first_segment_alone() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lengths", [(3, 2), (2, 3), (5,), (4, 4), (20, 3, 2)])
+def test_padding_behind_the_last_row_is_cut_off(lengths: tuple[int, ...]) -> None:
+    builder = SegmentBuilder()
+    for length in lengths:
+        builder.add(causal(length))
+    plan = builder.build()
+    q, k, v = inputs(plan, 0)
+    found, expected = (segment_attention(q, k, v, plan, scale=0.3, backend=backend) for backend in ("sdpa", "dense"))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_no_leak_even_of_nan(seed: int) -> None:
     """Padding and masks keep dialogues apart: NaN in one leaves the outputs of the others bit-equal."""
