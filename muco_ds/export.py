@@ -296,7 +296,7 @@ def _adapted(base: str, folder: Path, settings: Settings, dtype: torch.dtype) ->
     model = load_backbone(base, dtype=dtype, attention="auto", vocabulary=vocabulary)
     model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     embedder = Embedder(model, freeze_vision=True).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    embedder.packer = processing.packer()
+    embedder.packer = processing.packer(model.config)
     return embedder
 
 

@@ -76,9 +76,9 @@ class Processing:
         tokenizer = load_tokenizer(path, settings.pool_token, masks=masks, compression=settings.compression_tokens)
         return cls(tokenizer, load_image_processor(path), settings, path)
 
-    def packer(self) -> Packer:
-        """Of a folder with a backbone, which an adapter's is not."""
-        settings, vision = self.settings, VisionLayout(load_config(self.path))
+    def packer(self, backbone: PretrainedConfig | None = None) -> Packer:
+        """`backbone`: configuration of the model, where it is not the folder's own (an adapter has none)."""
+        settings, vision = self.settings, VisionLayout(backbone or load_config(self.path))
         template = ChatTemplate(
             self.tokenizer,
             settings.pool_token,

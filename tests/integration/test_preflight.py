@@ -70,11 +70,14 @@ def test_steps_are_spread_over_the_run(demo: Demo, programs: Programs) -> None:
     assert [step["step"] for step in planned] == [1, 501, 1000]
 
 
+LARGE = ("--batch.images", 64, "--batch.pack_tokens", 32768)
+
+
 def test_what_does_not_fit_comes_with_advice(demo: Demo, programs: Programs) -> None:
-    result = preflight(programs, demo, "--ranks", 1, "--gpu_memory", 1.7, "--batch.images", 32)
+    result = preflight(programs, demo, "--ranks", 1, "--gpu_memory", 2.0, *LARGE)
     assert result.codes == [1]
     text = result.stdout[0]
-    assert "does not fit 1.7 GiB" in text
+    assert "does not fit 2 GiB" in text
     assert "advice: model.activation_checkpointing.text=" in text
     hopeless = preflight(programs, demo, "--ranks", 1, "--gpu_memory", 0.5)
     assert hopeless.codes == [1] and "advice: no single change suffices" in hopeless.stdout[0]
