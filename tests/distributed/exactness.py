@@ -154,7 +154,7 @@ def run_config(folder: Path, setting: Setting, margin: float) -> RunConfig:
         else TaskOptions(query_history=0.5, target_history=0.5, negatives=2),
         batch=BatchOptions(images=IMAGES, pack_tokens=10**6),
         # AdamW divides by the gradient's own size: with a tiny eps rounding decides where the gradient is zero.
-        optim=OptimOptions(lr=2e-4, warmup_steps=1, eps=1e-4, weight_decay=0.01),
+        optim=OptimOptions(lr=1e-4, warmup_steps=1, eps=1e-4, weight_decay=0.01),
         loss=LossOptions(
             temperature=0.1,
             symmetric=True,
