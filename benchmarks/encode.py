@@ -78,9 +78,9 @@ PRESETS = {
         _text(1536, 8960, 28, 12, 2),
         _vision(1280, 32, 16),
         [16, 24, 24],
-        4096,
+        512,
         (8, 24),
-        (8, 16, 32, 64, 128, 256),
+        (16, 64, 256),
     ),
 }
 
@@ -186,9 +186,10 @@ class Theirs:
 
     def __init__(self, path: Path, preset: Preset) -> None:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import is_flash_attn_2_available
 
         kinds = ["sdpa"]
-        if preset.device == "cuda" and importlib.util.find_spec("flash_attn"):
+        if preset.device == "cuda" and is_flash_attn_2_available():
             kinds.append("flash_attention_2")
         self.models = {
             kind: SentenceTransformer(

@@ -158,7 +158,7 @@ def provenance() -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": COMMIT,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
@@ -202,3 +202,6 @@ def _commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+
+
+COMMIT = _commit()  # of the code that runs, whatever is committed while it does

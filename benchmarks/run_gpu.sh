@@ -59,10 +59,10 @@ SECONDS=0
     benchmark pooler 60 pooler $(sizes --embeddings 64 --dim 64 --repeats 2)
     benchmark attention 80 attention --repeats 7 $(sizes --dialogues 2 --picture 40 --turn 4 --repeats 2 --systems sdpa padded)
     benchmark info_nce 80 info_nce --only cuda keys --repeats 5 $(sizes --rows 64 --keys 128 512 --repeats 2)
-    benchmark step_2b 240 step --preset h200_2b --workloads seven_turns --repeats 3
+    benchmark step_2b 330 step --preset h200_2b --workloads seven_turns --repeats 3
     part tests 120 -m pytest tests/gpu -q -rs -p no:cacheprovider --maxfail 10 --durations 5 --deselect tests/gpu/test_train_2b_gpu.py
     benchmark input 40 input --repeats 3 $(sizes --pack 2 --steps 1 --repeats 1 --size 96 84)
-    benchmark encode 70 encode --repeats 2 $(sizes --preset toy)
+    benchmark encode 70 encode --only mixed seven_questions --repeats 2 $(sizes --preset toy)
     benchmark step_7b 200 step --preset h200_7b --workloads seven_turns --repeats 2 --systems ours padded_best
 }
 

@@ -178,7 +178,8 @@ def _section_items(tree: dict, known: dict[str, str], path: str, prefix: str = "
         key = f"{prefix}{name}"
         inside = [other for other in known if other.startswith(f"{key}.")]
         if inside and not isinstance(value, dict):
-            raise UserError(f"{path}: section '{key}' must be a mapping of keys, not {_type_name(value)}")
+            cure = f", such as {{{inside[0].removeprefix(key + '.')}: ...}}"
+            raise UserError(f"{path}: section '{key}' must be a mapping of keys{cure}, not {_type_name(value)}")
         if inside:
             yield from _section_items(value, known, path, f"{key}.")
         elif key in known:

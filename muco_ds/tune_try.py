@@ -39,6 +39,7 @@ def measure(config_path: str, packs: int) -> dict[str, Any]:
     batch = trainer.data.steps(trainer.max_steps)[fullest.step]
     if isinstance(batch, UserError):
         raise batch
+    batch = batch.pin_memory() if device.type == "cuda" else batch  # as the loader does
     seconds = []
     for _ in range(WARM_UP + STEPS):
         start = time.perf_counter()
@@ -65,7 +66,7 @@ def main() -> int:
         found: dict[str, Any] | None = measure(config_path, int(packs))
     except RuntimeError as error:  # torch's own, and cuBLAS or NCCL that could not allocate
         if not isinstance(error, torch.cuda.OutOfMemoryError) and not re.search(
-            "out of memory|ALLOC_FAILED", str(error)
+            "out of memory|ALLOC_FAILED|can't allocate memory", str(error)
         ):
             raise
         found = None

@@ -55,13 +55,15 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--pack_tokens {args.pack_tokens}: give at least 1")
     if args.device is not None and env.world_size() > 1:
         raise UserError("--device: under a launcher every rank takes its own: leave it out")
+    if args.input.exists() and not args.input.is_file():
+        raise UserError(f"--input: '{args.input}' is no file of lines that can be read twice: write it to one")
     read_settings(str(args.model))
 
 
-def key_of(args: argparse.Namespace, digest: str) -> str:
-    """Equal where an interrupted run may go on: the same lines, model and options."""
+def key_of(args: argparse.Namespace, digest: str, dtype: object) -> str:
+    """Equal where an interrupted run may go on: the same lines, model and options, in the same precision."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(args.model.iterdir())]
-    facts = [digest, str(args.images), files, args.dim, args.dtype, args.skip_broken]
+    facts = [digest, str(args.images), files, args.dim, str(dtype), args.skip_broken]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
@@ -76,6 +78,12 @@ def main() -> int:
     from muco_ds.models.embedder import Embedder
     from muco_ds.models.encode_file import ItemFile, encode_file
 
+    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
+    if args.device is not None and args.device.startswith("cuda"):
+        number = args.device.partition(":")[2] or "0"
+        if not number.isdigit() or int(number) >= torch.cuda.device_count():
+            raise UserError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     device = env.start() if env.world_size() > 1 else args.device
     items = ItemFile(args.input, args.images or args.input.parent)
     found = {}
@@ -94,7 +102,7 @@ def main() -> int:
         items,
         checked,
         args.output,
-        key=key_of(args, checked.digest),
+        key=key_of(args, checked.digest, next(embedder.parameters()).dtype),
         device=next(embedder.parameters()).device,
         pack_tokens=args.pack_tokens,
         dim=dim,

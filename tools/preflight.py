@@ -61,6 +61,8 @@ def split_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(f"--{name} {getattr(own, name)}: give more than 0")
     if own.output and not own.tune:
         raise UserError("--output is where --tune writes its settings: add --tune")
+    if own.output and not Path(own.output).resolve().parent.is_dir():
+        raise UserError(f"--output {own.output}: there is no such folder")
     return own, rest
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from muco_ds.config import RunConfig
 from muco_ds.data.collator import Packer
@@ -227,13 +228,14 @@ class _Weights(torch.nn.Module):
 
 
 def _attention(dtype: torch.dtype) -> str:
+    """The newest FlashAttention that is installed, as ours takes it."""
     if dtype == torch.bfloat16 and torch.cuda.is_available():
-        try:
-            import flash_attn  # noqa: F401
-
-            return "flash_attention_2"
-        except ImportError:
-            pass
+        installed = {
+            "flash_attention_3": is_flash_attn_3_available,
+            "flash_attention_4": is_flash_attn_4_available,
+            "flash_attention_2": is_flash_attn_2_available,
+        }
+        return next((name for name, available in installed.items() if available()), "sdpa")
     return "sdpa"
 
 

@@ -44,12 +44,24 @@ def read_size(path: str | Path) -> tuple[int, int]:
 def decode(ref: str | Image.Image) -> Image.Image:
     """RGB picture, upright; transparency lies on white. Raises ImageError for anything that does not decode."""
     if isinstance(ref, Image.Image):
-        return _to_rgb(ref)
+        return _to_rgb(loaded(ref))
     with _open(ref, whole=True) as image:
         try:
             return _to_rgb(image if _orientation(image) == _UPRIGHT else ImageOps.exif_transpose(image))
         except Exception as error:  # Pillow's decoders raise almost anything on hostile bytes
             raise ImageError(f"does not decode ({type(error).__name__}: {error})") from error
+
+
+def loaded(image: Image.Image) -> Image.Image:
+    """The same object, its pixels read if its file was but opened: threads must not do that to one object at a time.
+
+    Raises ImageError.
+    """
+    try:
+        image.load()
+    except Exception as error:
+        raise ImageError(f"does not decode ({type(error).__name__}: {error})") from error
+    return image
 
 
 def _open(path: str | Path, *, whole: bool) -> Image.Image:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from muco_ds.data.collator import Packer
+from muco_ds.data.decode import loaded
 from muco_ds.data.images import ImageError, read_size
 from muco_ds.data.schema import Dialogue, ImageRef
 from muco_ds.errors import UserError
@@ -132,7 +133,7 @@ def _vision_tokens(
 
     def tokens(image: ImageRef) -> int | ImageError:
         try:
-            size = image.size if isinstance(image, Image.Image) else read_size(image)
+            size = loaded(image).size if isinstance(image, Image.Image) else read_size(image)
             return packer.images.tokens(packer.images.grid(*size)) + 2
         except ImageError as error:
             return error

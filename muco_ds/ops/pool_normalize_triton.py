@@ -131,7 +131,7 @@ class _PoolNormalize(torch.autograd.Function):
             hidden_TD = hidden_TD.contiguous()
         ctx.all_rows = emb_index_E is None
         if emb_index_E is None:
-            emb_index_E = torch.arange(span - 1, len(hidden_TD), span, device=hidden_TD.device)
+            emb_index_E = torch.arange(len(hidden_TD) // span, device=hidden_TD.device) * span + (span - 1)
             assert len(emb_index_E) * span == len(hidden_TD), "spans one behind the other"
         emb_index_E, norm_weight_D = emb_index_E.contiguous(), norm_weight_D.contiguous()
         n_embs, dim = len(emb_index_E), hidden_TD.shape[1]

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from muco_ds.data.schema import PackedBatch
+
+
+@cache
+def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps: memory that was used on one stream is not given to another."""
+    return torch.cuda.Stream(device)
 
 
 class Crossing:
@@ -16,12 +23,16 @@ class Crossing:
 
     Args:
         count: packs of the step.
+        rounds: how often all of them will be asked for.
         pack_of: the pack of a number as it is to be copied; asked as late as its copy begins.
     """
 
-    def __init__(self, count: int, pack_of: Callable[[int], PackedBatch], device: torch.device) -> None:
+    def __init__(
+        self, count: int, pack_of: Callable[[int], PackedBatch], device: torch.device, *, rounds: int = 1
+    ) -> None:
         self._count, self._pack_of, self._device = count, pack_of, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and count > 1 else None
+        self._left = count * rounds
+        self._stream = _stream_of_copies(device) if device.type == "cuda" and count > 1 else None
         self._begun: tuple[int, PackedBatch] | None = None
 
     def __getitem__(self, number: int) -> PackedBatch:
@@ -33,7 +44,9 @@ class Crossing:
         assert self._begun is not None
         pack, current = self._begun[1], torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        self._begin((number + 1) % self._count)
+        self._left -= 1
+        if self._left > 0:
+            self._begin((number + 1) % self._count)
 
         def used(tensor: torch.Tensor) -> torch.Tensor:
             # Its memory was taken on the stream of copies, where it must not be given away while it is read here.

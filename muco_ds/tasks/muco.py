@@ -68,7 +68,7 @@ class MuCoTask(nn.Module):
             pack = batch.packs[number]
             return replace(pack, pixels_PY=pack.pixels_PY[:0]) if kept[number].filled else pack
 
-        crossing = Crossing(len(batch.packs), pack_of, engine.device)
+        crossing = Crossing(len(batch.packs), pack_of, engine.device, rounds=2)
 
         def embed(number: int) -> torch.Tensor:
             return engine(crossing[number], kept[number])

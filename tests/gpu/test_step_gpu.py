@@ -71,7 +71,7 @@ def test_forward_loss_and_backward_wait_for_nothing(kind: str) -> None:
 def test_packs_that_cross_ahead_arrive_whole() -> None:
     """Asked for in turn and twice, with the stream kept busy, each equals a plain copy."""
     packs, device = [a_pack("qwen2_5_vl", seed) for seed in range(3)], torch.device("cuda")
-    crossing = Crossing(3, packs.__getitem__, device)
+    crossing = Crossing(3, packs.__getitem__, device, rounds=2)
     busy = torch.randn(2048, 2048, device=device)
     for number in [0, 1, 2, 0, 1, 2]:
         busy = busy @ busy / 50

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from muco_ds.data.images import ImagePipeline
 from muco_ds.data.schema import Dialogue, PackedBatch
@@ -243,3 +244,15 @@ def test_ranks_share_the_packs_and_every_rank_forwards_equally_often(monkeypatch
 def test_a_folder_that_was_not_exported_is_refused() -> None:
     with pytest.raises(UserError, match=r"muco_ds\.json.*convert_ckpt"):
         Embedder.from_pretrained(str(model_folder("qwen2_vl")))
+
+
+def test_a_picture_that_is_but_opened_is_read_before_threads_meet_it(tmp_path: Path) -> None:
+    """One object in several packs: decoded in two threads at once, its pixels would be wrong."""
+    path = tmp_path / "a.png"
+    picture(0).save(path)
+    opened = Image.open(path)
+    plan_packs(packer(), [Dialogue(("what is it",), (opened,))], 64, mark_broken=False)
+    assert opened.fp is None, "still to be read"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="does not decode"):
+        plan_packs(packer(), [Dialogue(("what is it",), (Image.open(path),))], 64, mark_broken=False)

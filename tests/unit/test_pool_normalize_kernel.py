@@ -38,6 +38,7 @@ CASES: dict[str, tuple[int, int, list[int] | None, torch.dtype, float, float, in
     "every row": (13, 48, None, torch.float32, 1e-6, 1.0, 1),
     "every row, in spans, in half precision": (24, 48, None, torch.float16, 1e-6, 1.0, 8),
     "no row at all": (0, 48, None, torch.float32, 1e-6, 1.0, 1),
+    "no row of spans": (0, 48, None, torch.float32, 1e-6, 1.0, 8),
     "no spans": (40, 48, [], torch.float32, 1e-6, 1.0, 32),
 }
 
