@@ -21,7 +21,9 @@ for argument in "$@"; do
         exec python -m pytest "$@"
     fi
 done
-run_pytest tests/unit -n 2 "$@"
+# Programs that run by themselves, one process each.
+single=(tests/integration/test_{build_turns,build_turns_endpoint,export,fetch_images,preflight,run_gpu}.py)
+run_pytest tests/unit "${single[@]}" -n 2 "$@"
 # In turn: each of these starts several processes and would only wait for the others.
-run_pytest tests/distributed tests/integration tests/gpu "$@"
+run_pytest tests/distributed tests/integration tests/gpu "${single[@]/#/--ignore=}" "$@"
 exit "$failed"
