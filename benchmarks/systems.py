@@ -160,19 +160,8 @@ PRESETS = {
         padded=_GPU_PADDED,
         single=_GPU_SINGLE,
     ),
-    "h200_7b": Preset(
-        shape="7b",
-        precision="bf16",
-        short_side=640,
-        images=_GPU_IMAGES,
-        repeats=7,
-        seed=0,
-        ours=_GPU_OURS,
-        padded=_GPU_PADDED,
-        single=_GPU_SINGLE,
-        lora=LoraOptions(rank=64, alpha=64),
-    ),
 }
+PRESETS["h200_7b"] = replace(PRESETS["h200_2b"], shape="7b", lora=LoraOptions(rank=64, alpha=64))
 
 
 def run_config(folder: Path, preset: Preset, workload: str) -> RunConfig:

@@ -23,7 +23,7 @@ from muco_ds.flops import FlopsModel
 from muco_ds.models.folder import Processing
 from muco_ds.optim import build_optimizer
 
-from baselines.stock import Stock, freeze, plain_linear, render
+from baselines.stock import Stock, freeze, plain_linear, render, training_flops
 from harness import Phases
 
 
@@ -143,10 +143,7 @@ class LibrarySystem:
         return 1 - self.tokens / self.held_tokens
 
     def flops(self) -> float:
-        lengths = [len(prompt.ids_L) for prompt in self._prompts]
-        patches = [count for prompt in self._prompts for count in prompt.patches]
-        squares = [sum(size**2 for size in sizes) for sizes in (lengths, patches)]
-        return self._flops.training(sum(lengths), squares[0] / 2, sum(patches), squares[1])
+        return training_flops(self._flops, self._prompts)
 
     def watch(self, phases: Phases) -> None:
         phases.watch(self._stock.visual, "vision")

@@ -12,7 +12,7 @@ from muco_ds.data.collator import Packer
 from muco_ds.data.schema import QUERY, Side
 from muco_ds.flops import FlopsModel
 
-from baselines.stock import Padded, Prompt, Stock, dense_info_nce, pad, plain_linear, render
+from baselines.stock import Padded, Prompt, Stock, dense_info_nce, pad, plain_linear, render, training_flops
 from harness import Phases
 
 
@@ -117,10 +117,7 @@ class PaddedSystem:
         return max(sizes) if self.form.cached else sum(sizes)
 
     def flops(self) -> float:
-        lengths = [len(prompt.ids_L) for prompt in self.prompts]
-        patches = [count for prompt in self.prompts for count in prompt.patches]
-        squares = [sum(size**2 for size in sizes) for sizes in (lengths, patches)]
-        return self._flops.training(sum(lengths), squares[0] / 2, sum(patches), squares[1])
+        return training_flops(self._flops, self.prompts)
 
     def watch(self, phases: Phases) -> None:
         phases.watch(self.stock.model.visual, "vision")

@@ -21,6 +21,7 @@ from muco_ds.data.collator import Packer
 from muco_ds.data.images import ImagePipeline, Patches
 from muco_ds.data.schema import QUERY, Dialogue, Side
 from muco_ds.families import FAMILIES
+from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import load_config, new_rows
 from muco_ds.models.lora import add_adapter
 from muco_ds.ops.patches import patch_values
@@ -72,6 +73,14 @@ def render(sides: Sequence[Side], packer: Packer, *, alone: bool) -> list[Prompt
             ids_k3 = side.ids_k3[first:stop]
             prompts.append(Prompt(side.kind, made.ids_L, made.positions_4L[1:], pictures, made.emb_rows, ids_k3))
     return prompts
+
+
+def training_flops(flops: FlopsModel, prompts: Sequence[Prompt]) -> float:
+    """Model FLOPs of a step over these prompts, without padding."""
+    lengths = [len(prompt.ids_L) for prompt in prompts]
+    patches = [count for prompt in prompts for count in prompt.patches]
+    squares = [sum(size**2 for size in sizes) for sizes in (lengths, patches)]
+    return flops.training(sum(lengths), squares[0] / 2, sum(patches), squares[1])
 
 
 @dataclass(frozen=True)
