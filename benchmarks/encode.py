@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from harness import ROOT, percentiles, provenance, record, sample
+from torchvision_operators import prepare_torchvision
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest difference of a component; 16 bits round differently where batches differ."""
@@ -270,21 +271,6 @@ def _counted(run: Callable[[], object], seconds: list[float]) -> None:
     started = time.process_time()
     run()
     seconds.append(time.process_time() - started)
-
-
-def prepare_torchvision() -> list[torch.library.Library]:
-    """Declare the two operators that torchvision's PyPI wheel misses beside a CPU build of torch."""
-    try:
-        import torchvision  # noqa: F401
-
-        return []
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor a, Tensor b, float c) -> Tensor")
-        library.define("qnms(Tensor a, Tensor b, float c) -> Tensor")
-        return [library]
 
 
 def main() -> int:

@@ -5,23 +5,13 @@ A program of its own because torchvision must be prepared before transformers is
 
 import json
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
 
-
-def prepare_torchvision() -> list[torch.library.Library]:
-    """Declare the two operators that torchvision's PyPI wheel misses beside a CPU build of torch."""
-    try:
-        import torchvision  # noqa: F401
-
-        return []
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor a, Tensor b, float c) -> Tensor")
-        library.define("qnms(Tensor a, Tensor b, float c) -> Tensor")
-        return [library]
+from torchvision_operators import prepare_torchvision
 
 
 def main() -> None:
