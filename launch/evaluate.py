@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Evaluate a model folder: `deepspeed launch/evaluate.py --model DIR --suite m3t --data PARQUET --output DIR`."""
+"""Evaluate a model folder: `deepspeed launch/evaluate.py --model DIR --suite m3t --data PARQUET --output DIR`.
+
+Ended before it is done, the same command goes on: each finished data set is kept in the output folder.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -13,22 +15,27 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from muco_ds.config_matryoshka import sizes_of
-from muco_ds.data.readers import M3TReader
 from muco_ds.distributed import env
-from muco_ds.errors import UserError, exit_on_user_error
-from muco_ds.eval.m3t import M3TTask
+from muco_ds.errors import exit_on_user_error
+from muco_ds.eval.encoder import Encoder
+from muco_ds.eval.evaluation import evaluate
+from muco_ds.eval.suite import scores_of
+from muco_ds.eval.suites import SUITES, SuiteOptions, open_suite
+from muco_ds.files import folder_facts
 from muco_ds.models.embedder import Embedder
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder written by tools/convert_ckpt.py")
-    parser.add_argument("--suite", choices=["m3t"], required=True, help="m3t: precision@1 per turn type")
-    parser.add_argument("--data", required=True, help="parquet file, folder or glob with M3T's columns")
-    parser.add_argument("--images", help="folder the image paths start from; default: `images` beside the data")
-    parser.add_argument("--output", required=True, help="folder for results.json")
-    parser.add_argument("--rows", type=int, help="only the first rows")
-    parser.add_argument("--pack_tokens", type=int, default=16384, help="token budget of one forward")
+    kinds = "; ".join(f"{name}: {description}" for name, description in SUITES.items())
+    parser.add_argument("--suite", choices=list(SUITES), required=True, help=kinds)
+    parser.add_argument("--data", required=True, help="m3t: parquet file, folder or glob; else the benchmark's folder")
+    parser.add_argument("--images", help="folder the image paths start from; default: by the suite, beside the data")
+    parser.add_argument("--output", required=True, type=Path, help="folder for results.json")
+    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these of the suite's data sets")
+    parser.add_argument("--rows", type=int, help="only the first rows of each data set")
+    parser.add_argument("--pack_tokens", type=int, help="token budget of one forward; default: by the device")
     parser.add_argument(
         "--dims",
         type=int,
@@ -40,12 +47,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def held_out(args: argparse.Namespace) -> tuple[M3TTask, int]:
-    """The task over the usable rows, and how many rows were left out."""
-    images = args.images or str(Path(args.data).parent / "images")
-    return M3TTask.from_reader(M3TReader(args.data, images, "--data"), limit=args.rows)
-
-
 @exit_on_user_error()
 def main() -> int:
     env.adopt_launcher()
@@ -53,30 +54,23 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     device = env.start()
     with env.agreement():
-        task, left_out = held_out(args)
+        suite = open_suite(SuiteOptions(args.suite, args.data, args.images, args.datasets, args.rows))
         embedder = Embedder.from_pretrained(args.model, device=device)
         sizes = sizes_of(args.dims or embedder.sizes, embedder.sizes[-1], "--dims")
     assert embedder.packer is not None
-    rankings = task.rank(
-        embedder, embedder.packer, pack_tokens=args.pack_tokens, device=device, progress=True, sizes=sizes
-    )
+    encoder = Encoder(embedder, embedder.packer, device, args.pack_tokens, sizes, progress=True)
+    results = evaluate(suite, encoder, args.output, folder_facts(Path(args.model)))
     if env.is_main():
-        results = task.results(rankings)
-        output = Path(args.output)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--output: can't write to '{output}' ({error})") from error
-        scores = ["precision@1", *(f"precision@1@{size}" for size in sizes[:-1])]
+        scores = list(scores_of(results["overall"]))
+        width = max(map(len, results))
         heads = "".join(f"{score:>{len(score) + 1}}" for score in scores)
-        print(f"{'':<10}{heads}{'queries':>9}{'candidates':>12}{'chance':>9}")
+        print(f"{'':<{width}}{heads}{'queries':>9}{'candidates':>12}{'chance':>9}")
         for name, entry in results.items():
             values = "".join(f"{entry[score]:>{len(score) + 1}.4f}" for score in scores)
-            print(f"{name:<10}{values}{entry['queries']:>9}{entry['candidates']:>12}{entry['chance']:>9.4f}")
-        if left_out:
+            print(f"{name:<{width}}{values}{entry['queries']:>9}{entry['candidates']:>12}{entry['chance']:>9.4f}")
+        if left_out := sum(entry.get("left_out", 0) for entry in results.values()):
             print(f"{left_out} rows could not be used and are not counted")
-        print(f"written to {output / 'results.json'}")
+        print(f"written to {args.output / 'results.json'}")
     env.stop()
     return 0
 

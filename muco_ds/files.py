@@ -32,3 +32,14 @@ def replacing(path: Path) -> Iterator[Path]:
 def beside(path: Path, ending: str) -> Path:
     """The file that goes by the name of `path` and a further ending: `out.parquet.report.json`."""
     return path.with_name(f"{path.name}.{ending}")
+
+
+def file_facts(path: Path) -> tuple[str, int, int]:
+    """Name, size and time of a file: equal while it is the same."""
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns
+
+
+def folder_facts(folder: Path) -> list[tuple[str, int, int]]:
+    """Those of all files in a folder."""
+    return [file_facts(path) for path in sorted(folder.iterdir()) if path.is_file()]

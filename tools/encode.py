@@ -24,6 +24,7 @@ from pathlib import Path
 
 from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
+from muco_ds.files import folder_facts
 from muco_ds.models.folder import read_settings
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -62,8 +63,7 @@ def check(args: argparse.Namespace) -> None:
 
 def key_of(args: argparse.Namespace, digest: str, dtype: object) -> str:
     """Equal where an interrupted run may go on: the same lines, model and options, in the same precision."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(args.model.iterdir())]
-    facts = [digest, str(args.images), files, args.dim, str(dtype), args.skip_broken]
+    facts = [digest, str(args.images), folder_facts(args.model), args.dim, str(dtype), args.skip_broken]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from muco_ds.data.collator import Packer
 from muco_ds.data.schema import PackedBatch, Record
+from muco_ds.eval.encoder import Encoder
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.picture import retrieval_picture
 
@@ -43,9 +44,7 @@ class RetrievalValidation:
         self.packer, self.pack_tokens, self.sizes = packer, pack_tokens, sizes
 
     def __call__(self, model: Callable[[PackedBatch], torch.Tensor], device: torch.device) -> HeldOut:
-        rankings = self.task.rank(
-            model, self.packer, pack_tokens=self.pack_tokens, device=device, progress=False, sizes=self.sizes
-        )
+        rankings = self.task.rank(Encoder(model, self.packer, device, self.pack_tokens, self.sizes))
         values = {
             f"val/{name}/{key}": value
             for name, entry in self.task.results(rankings).items()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from muco_ds.config_matryoshka import sizes_of
-from muco_ds.data.collator import Packer
 from muco_ds.data.images import ImageError, read_size
 from muco_ds.data.readers import M3TReader, RowError
-from muco_ds.data.schema import Dialogue, PackedBatch, Record
+from muco_ds.data.schema import Dialogue, Record
 from muco_ds.errors import UserError
+from muco_ds.eval.encoder import Encoder
 from muco_ds.eval.retrieval import Ranking, precision_at_1, rank_candidates
+from muco_ds.eval.suite import Entry
+from muco_ds.files import file_facts
 from muco_ds.losses.matryoshka import prefix
-from muco_ds.models.encode import encode_dialogues
 
 
 @dataclass(frozen=True)
@@ -69,40 +72,22 @@ class M3TTask:
         """Record and text of each query, in the order of `answers`."""
         return [(record, turn.questions[0]) for record in self.records for turn in record.turns]
 
-    def rank(
-        self,
-        model: Callable[[PackedBatch], torch.Tensor],
-        packer: Packer,
-        *,
-        pack_tokens: int,
-        device: torch.device,
-        progress: bool,
-        sizes: Sequence[int] = (),
-    ) -> dict[int, Ranking]:
-        """Encode both sides, on all ranks, and rank by the whole embedding and by its prefixes of `sizes`. Collective.
+    def rank(self, encoder: Encoder) -> dict[int, Ranking]:
+        """Encode both sides, on all ranks, and rank by the whole embedding and by its prefixes. Collective.
 
         Returns:
             size -> ranking, ascending, the whole embedding's last.
         """
         query_QD, candidate_CD = (
-            encode_dialogues(
-                model,
-                packer,
-                side,
-                pack_tokens=pack_tokens,
-                device=device,
-                shared=True,
-                progress=name if progress else None,
-            )
-            for name, side in (("queries", self.queries), ("candidates", self.candidates))
+            encoder.encode(side, name) for name, side in (("queries", self.queries), ("candidates", self.candidates))
         )
         answer_Q = torch.tensor(self.answers)
         return {
             size: rank_candidates(prefix(query_QD, size), prefix(candidate_CD, size), answer_Q, top=3)
-            for size in sizes_of(sizes, query_QD.shape[1])
+            for size in sizes_of(encoder.sizes, query_QD.shape[1])
         }
 
-    def results(self, rankings: Mapping[int, Ranking]) -> dict[str, dict[str, float | int]]:
+    def results(self, rankings: Mapping[int, Ranking]) -> dict[str, Entry]:
         """Those of `precision_at_1` for the whole embedding, and in each entry `precision@1@64` for a prefix of 64."""
         *smaller, whole = sorted(rankings)
         results, *others = (
@@ -112,6 +97,28 @@ class M3TTask:
             for name, entry in other.items():
                 results[name][f"precision@1@{size}"] = entry["precision@1"]
         return results
+
+
+class M3TSuite:
+    """Suite: held-out rows in M3T's columns."""
+
+    name = "m3t"
+    datasets = ("m3t",)
+
+    def __init__(self, reader: M3TReader, limit: int | None) -> None:
+        self.reader, self.limit = reader, limit
+        self.task, self.left_out = M3TTask.from_reader(reader, limit)
+
+    def identity(self, dataset: str) -> Any:
+        return [file_facts(Path(path)) for path in self.reader.files], self.reader.images, self.limit
+
+    def score(self, dataset: str, encoder: Encoder) -> dict[str, Entry]:
+        entries = self.task.results(self.task.rank(encoder))
+        entries["overall"]["left_out"] = self.left_out
+        return entries
+
+    def results(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return dict(entries)
 
 
 def _check_header(path: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import Dialogue, Record, RecordTurn
 from muco_ds.errors import UserError
+from muco_ds.eval.encoder import Encoder
 from muco_ds.eval.m3t import M3TTask
 
 from tiny_models import demo_folder, embedder, pack, packer
@@ -53,7 +54,7 @@ def test_scores_of_a_real_model_equal_those_by_hand() -> None:
     task, left_out = M3TTask.from_reader(held_out())
     assert left_out == 0 and len(task.answers) == 8 * 7
     device = torch.device("cpu")
-    rankings = task.rank(embedder(), packer(), pack_tokens=2000, device=device, progress=False)
+    rankings = task.rank(Encoder(embedder(), packer(), device, 2000))
     results, (ranking,) = task.results(rankings), rankings.values()
     assert set(results) == {"overall", *(f"turn_{kind}" for kind in range(7))}
     assert results["overall"]["queries"] == 56 and results["overall"]["candidates"] == len(task.candidates)

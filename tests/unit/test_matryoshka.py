@@ -19,6 +19,7 @@ from muco_ds.config_cli import parse_args
 from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.schema import RowCounts
 from muco_ds.errors import UserError
+from muco_ds.eval.encoder import Encoder
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.retrieval import rank_candidates
 from muco_ds.export_st import write_sentence_transformers
@@ -27,7 +28,6 @@ from muco_ds.losses.matryoshka import over_sizes, prefix
 from muco_ds.memory import embedding_bytes
 from muco_ds.memory_activations import Load
 from muco_ds.models.embedder import Embedder
-from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.folder import SETTINGS_FILE, Settings, read_settings
 from muco_ds.tasks.muco import MuCoTask
 
@@ -223,19 +223,17 @@ def test_each_size_is_ranked_by_itself() -> None:
         encoded += 1
         return embedder()(batch)
 
-    options = {"pack_tokens": 10**5, "device": torch.device("cpu"), "progress": None}
+    encoder = Encoder(model, packer(), torch.device("cpu"), 10**5)
     width = embedder().sizes[-1]
-    rankings = task.rank(model, packer(), sizes=[8, 2], **options)  # type: ignore[arg-type]
+    rankings = task.rank(replace(encoder, sizes=[8, 2]))
     assert encoded == 2  # both sides once, however many sizes
     assert list(rankings) == [2, 8, width]
-    results, plain = task.results(rankings), task.results(task.rank(model, packer(), **options))  # type: ignore[arg-type]
+    results, plain = task.results(rankings), task.results(task.rank(encoder))
     for name, entry in results.items():
         assert {key: value for key, value in entry.items() if "@1@" not in key} == plain[name]
         assert {key for key in entry if "@1@" in key} == {"precision@1@2", "precision@1@8"}
     assert results["overall"]["precision@1@8"] == float(rankings[8].correct_Q.float().mean())
-    query_QD, candidate_CD = (
-        encode_dialogues(model, packer(), side, shared=False, **options) for side in (task.queries, task.candidates)
-    )
+    query_QD, candidate_CD = (encoder.encode(side, "side") for side in (task.queries, task.candidates))
     cosine_QC = torch.nn.functional.cosine_similarity(query_QD[:, None, :8], candidate_CD[None, :, :8], dim=-1)
     assert torch.allclose(rankings[8].top_score_Qk, cosine_QC.topk(3, dim=1).values, atol=1e-6)
 

@@ -1,0 +1,42 @@
+"""The benchmarks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from muco_ds.data.readers import M3TReader
+from muco_ds.errors import UserError
+from muco_ds.eval.m3t import M3TSuite
+from muco_ds.eval.suite import Suite
+
+SUITES = {"m3t": "precision@1 per turn type of rows in M3T's columns"}
+"""What each is, in a line."""
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What to evaluate on.
+
+    Args:
+        name: one of `SUITES`.
+        data: m3t: parquet file, folder or glob; else the folder of the benchmark.
+        images: folder that picture paths start from; None: where the benchmark has it.
+        datasets: only these; None: all.
+        rows: only the first ones of each data set; None: all.
+    """
+
+    name: str
+    data: str
+    images: str | None = None
+    datasets: Sequence[str] | None = None
+    rows: int | None = None
+
+
+def open_suite(options: SuiteOptions) -> Suite:
+    """Raises UserError: files that are not there, a data set that the suite has not."""
+    if options.datasets:
+        raise UserError(f"--datasets: {options.name} is one data set: leave it out")
+    images = options.images or str(Path(options.data).parent / "images")
+    return M3TSuite(M3TReader(options.data, images, "--data"), options.rows)
