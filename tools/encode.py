@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Embed a file of items: texts, pictures, both, or several questions about one picture.
+"""Embed files of items: texts, pictures, both, or several questions about one picture.
 
     python tools/encode.py --model DIR --input items.jsonl --output emb.npy
 
@@ -9,8 +9,12 @@ place of "text" gives a row for each; the picture is then encoded once. Where li
 which rows are whose: those of line i, counted from 0, are emb[rows[i]:rows[i + 1]]. Lines with the same picture near
 each other share it in any case.
 
+The input may also be parquet with columns of these names (pictures as paths, or stored as the datasets library does),
+a folder of such files or a glob. An --output without .npy is a folder of shards, in npy or parquet.
+
 All lines and picture headers are read first, so that a mistake is found at once. Ended before it is done, the same
-command goes on. Also under deepspeed, torchrun and srun: every rank encodes, rank 0 writes.
+command goes on. Also under deepspeed, torchrun and srun: every rank encodes and writes shards of its own, in a folder
+that all machines see. What could not be used is listed in ...broken.jsonl and counted in ...report.json.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -33,8 +38,9 @@ DTYPES = ("fp32", "bf16", "fp16")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="folder written by tools/convert_ckpt.py")
-    parser.add_argument("--input", required=True, type=Path, help="items, one JSON object a line")
-    parser.add_argument("--output", required=True, type=Path, help=".npy file to write")
+    parser.add_argument("--input", required=True, help="file, folder or glob: JSON lines or parquet")
+    parser.add_argument("--output", required=True, type=Path, help=".npy file to write, or a folder")
+    parser.add_argument("--format", choices=["npy", "parquet"], default="npy", help="of the shards in a folder")
     parser.add_argument("--images", type=Path, help="folder the picture paths start from; default: that of the input")
     parser.add_argument("--dim", type=int, help="the first so many components alone, at unit length again")
     parser.add_argument("--dtype", choices=DTYPES, help="of the model; default: bf16 on a GPU, fp32 on a CPU")
@@ -48,15 +54,22 @@ def arguments() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """What can be said before anything is read."""
-    if args.output.suffix != ".npy" or args.output.is_dir():
-        raise UserError(f"--output: '{args.output}' is no name of a file of embeddings: end it in .npy")
-    if args.output.exists() and not args.overwrite:
+    if args.output.suffix == ".npy":
+        if args.output.is_dir():
+            raise UserError(f"--output: '{args.output}' is a folder: give another name")
+        if args.format != "npy":
+            raise UserError(f"--format {args.format}: is for a folder: end --output in no .npy")
+    elif args.output.suffix or args.output.is_file():
+        raise UserError(f"--output: '{args.output}': end it in .npy, or give a folder without a dot in its name")
+    elif args.output.is_dir() and any(args.output.iterdir()) and not (args.output / "report.json").is_file():
+        raise UserError(f"--output: '{args.output}' holds other files: give another name")
+    if args.output.exists() and not args.overwrite and (args.output.is_file() or any(args.output.iterdir())):
         raise UserError(f"--output: '{args.output}' exists: give --overwrite to replace it, or another name")
     if args.pack_tokens is not None and args.pack_tokens < 1:
         raise UserError(f"--pack_tokens {args.pack_tokens}: give at least 1")
     if args.device is not None and env.world_size() > 1:
         raise UserError("--device: under a launcher every rank takes its own: leave it out")
-    if args.input.exists() and not args.input.is_file():
+    if os.path.exists(args.input) and not (os.path.isfile(args.input) or os.path.isdir(args.input)):
         raise UserError(f"--input: '{args.input}' is no file of lines that can be read twice: write it to one")
     read_settings(str(args.model))
 
@@ -76,7 +89,8 @@ def main() -> int:
     import torch  # imports take seconds; a typo in the command line should not
 
     from muco_ds.models.embedder import Embedder
-    from muco_ds.models.encode_file import ItemFile, encode_file
+    from muco_ds.models.encode_file import Output, encode_file
+    from muco_ds.models.item_files import ItemFiles
 
     if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
@@ -85,14 +99,16 @@ def main() -> int:
         if not number.isdigit() or int(number) >= torch.cuda.device_count():
             raise UserError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     device = env.start() if env.world_size() > 1 else args.device
-    items = ItemFile(args.input, args.images or args.input.parent)
-    found = {}
+    items = None
 
     def read() -> None:
-        found["checked"] = items.check(headers=not args.skip_broken, progress=True)
+        nonlocal items
+        items = ItemFiles(args.input, args.images)
+        items.check(headers=not args.skip_broken, progress=True)
 
     env.on_main(read)
-    checked = env.from_main(found.get("checked"))
+    items = env.from_main(items)
+    assert items is not None
     with env.agreement():
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.dtype]
         embedder = Embedder.from_pretrained(str(args.model), device=device, dtype=dtype)
@@ -100,17 +116,14 @@ def main() -> int:
     report = encode_file(
         embedder,
         items,
-        checked,
-        args.output,
-        key=key_of(args, checked.digest, next(embedder.parameters()).dtype),
+        Output(args.output, args.format),
+        key=key_of(args, items.digest, next(embedder.parameters()).dtype),
         device=next(embedder.parameters()).device,
         pack_tokens=args.pack_tokens,
         dim=dim,
         skip_broken=args.skip_broken,
     )
     if env.is_main():
-        if report["found"]:
-            print(f"{report['found']} lines were there from an earlier run")
         if report["broken"]:
             print(f"{report['broken']} lines could not be used; their rows are zero: see {args.output}.broken.jsonl")
         print(f"{report['rows']} x {dim} written to {args.output}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,6 +25,17 @@ _KEPT_BLOCKS = 4
 """As many as one picture needs at once: decoded, resized, resized again, and one between the two directions."""
 
 
+@dataclass(frozen=True, eq=False)
+class StoredPicture:
+    """A picture's file that lies inside another file, read when it is needed. `name` is for messages."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class ImageError(ValueError):
     """A picture that can't be used; the message says why, without the path."""
 
@@ -34,14 +48,14 @@ def keep_memory() -> None:
     Image.core.set_blocks_max(_KEPT_BLOCKS)
 
 
-def read_size(path: str | Path) -> tuple[int, int]:
+def read_size(path: str | Path | StoredPicture) -> tuple[int, int]:
     """Width and height as displayed, from the header alone. Raises ImageError."""
     with _open(path, whole=False) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in _TRANSPOSED else (width, height)
 
 
-def decode(ref: str | Image.Image) -> Image.Image:
+def decode(ref: str | StoredPicture | Image.Image) -> Image.Image:
     """RGB picture, upright; transparency lies on white. Raises ImageError for anything that does not decode."""
     if isinstance(ref, Image.Image):
         return _to_rgb(loaded(ref))
@@ -64,12 +78,16 @@ def loaded(image: Image.Image) -> Image.Image:
     return image
 
 
-def _open(path: str | Path, *, whole: bool) -> Image.Image:
+def _open(path: str | Path | StoredPicture, *, whole: bool) -> Image.Image:
     try:
+        if isinstance(path, StoredPicture):
+            file: str | Path | BinaryIO = path.open()
+        else:
+            # Network file systems prefer one read to many small ones; a header needs only the first bytes.
+            file = io.BytesIO(Path(path).read_bytes()) if whole else path
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # Network file systems prefer one read to many small ones; a header needs only the first bytes.
-            image = Image.open(io.BytesIO(Path(path).read_bytes()) if whole else path, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except Exception as error:

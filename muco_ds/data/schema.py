@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from muco_ds.data.decode import StoredPicture
 from muco_ds.data.segments import SegmentPlan
 from muco_ds.data.vision import VisionInputs
 
-ImageRef = str | Image.Image
-"""A picture by its path, or already decoded."""
+ImageRef = str | StoredPicture | Image.Image
+"""A picture by its path, inside another file, or already decoded."""
 
 TURNS_PER_SAMPLE = 1024
 """A sample may hold at most this many turns; see `pair_ids`."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.collator import Packer
+from muco_ds.data.decode import StoredPicture
 from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
 from muco_ds.errors import UserError
 from muco_ds.families import reads_last_layer
@@ -193,7 +194,7 @@ class Embedder(nn.Module):
     ) -> np.ndarray:
         """Embeddings of several questions about one picture (or several seen together), float32 [k, D]; it is encoded
         once. `dim`: see `encode`."""
-        images = (image,) if isinstance(image, (str, Image.Image)) else tuple(image)
+        images = (image,) if isinstance(image, (str, StoredPicture, Image.Image)) else tuple(image)
         return self._encode([Dialogue(tuple(questions), images)], pack_tokens=None, progress=False, dim=dim)
 
     def check_dim(self, dim: int | None) -> int:

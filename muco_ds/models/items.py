@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from muco_ds.data.decode import StoredPicture
 from muco_ds.data.schema import Dialogue
 from muco_ds.errors import UserError
 
@@ -26,7 +27,7 @@ def dialogue_of(item: Item, name: str) -> Dialogue:
     image = item.get("image")
     given = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
     images = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in given)
-    if not all(isinstance(one, (str, Image.Image)) for one in images):
+    if not all(isinstance(one, (str, StoredPicture, Image.Image)) for one in images):
         raise UserError(f"{name}: 'image' must be a path, a picture or a list of them")
     parts = [part for part in (item.get("instruction"), item.get("text")) if part]
     if not all(isinstance(part, str) for part in parts):

@@ -67,6 +67,10 @@ class Source(Protocol):
         """Those of lines start .. stop, counted from 0. Raises UserError, naming the line."""
         ...
 
+    def name(self, line: int) -> str:
+        """A line, for messages."""
+        ...
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -270,6 +274,8 @@ def _begin(shards: Shards) -> list[int]:
             pending.append(shard)
             if shards.path(shard).exists():
                 log.warning("%s: it is encoded again", problem)
+    if found := layout.shards - len(pending):
+        log.warning("%s: %d of %d shards are there from an earlier run", folder, found, layout.shards)
     return pending
 
 
@@ -282,8 +288,8 @@ def _write(shards: Shards, shard: int, source: Source, emb_ND: torch.Tensor, mar
         counts = [len(dialogue.turns) for dialogue in source.dialogues(start, stop)]
         first_row_L1 = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     if odd_N.any() and not mark_broken:
-        line = start + int(np.searchsorted(first_row_L1, np.argmax(odd_N), side="right"))
-        raise UserError(f"line {line}: its embedding is not finite: try another --dtype")
+        line = start + int(np.searchsorted(first_row_L1, np.argmax(odd_N), side="right")) - 1
+        raise UserError(f"{source.name(line)}: its embedding is not finite: try another --dtype")
     if len(first_row_L1) != len(rows_ND) + 1 or (np.diff(first_row_L1) != 1).any():
         _save(shards.lines_path(shard), first_row_L1)
     _save(shards.path(shard), np.where(odd_N[:, None], np.float32(0), rows_ND).astype(shards.layout.dtype))
