@@ -33,7 +33,8 @@ from muco_ds.distributed.gradient_cache import prepare
 from muco_ds.ds_config import build_deepspeed_config
 from muco_ds.errors import UserError
 from muco_ds.eval.answers import AnswerValidation
-from muco_ds.eval.held_out import RetrievalValidation, Validation
+from muco_ds.eval.held_out import RetrievalValidation, SuiteValidation, Validation
+from muco_ds.eval.suites import SuiteOptions, open_suite
 from muco_ds.flops import FlopsModel
 from muco_ds.models.backbones import draw_rows, load_backbone, load_config, new_rows, unknown_compression_ids
 from muco_ds.models.embedder import Embedder
@@ -247,6 +248,26 @@ def build_validation(config: RunConfig, data: Data) -> Validation | None:
     records = [reader.record(int(row)) for row in index.samples["row"][:rows]]
     sizes = config.loss.matryoshka or ()
     return RetrievalValidation(records, packer, pack_tokens=config.batch.pack_tokens, sizes=sizes)
+
+
+def build_suites(config: RunConfig, packer: Packer) -> dict[str, SuiteValidation]:
+    """The benchmarks of `evaluation`, their files found. Raises UserError, on every rank."""
+    suites = {}
+    with env.agreement():
+        for name, schedule in config.evaluation.scheduled().items():
+            assert schedule.data is not None
+            try:
+                suite = open_suite(SuiteOptions(name, schedule.data, schedule.images, schedule.datasets, schedule.rows))
+            except UserError as error:
+                raise UserError(f"evaluation.{name}: {error}") from error
+            suites[name] = SuiteValidation(
+                suite,
+                packer,
+                pack_tokens=config.batch.pack_tokens,
+                sizes=config.loss.matryoshka or (),
+                seconds=schedule.seconds,
+            )
+    return suites
 
 
 def build_engine(

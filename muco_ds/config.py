@@ -23,6 +23,8 @@ from muco_ds.config_activations import RANGES as ACTIVATION_RANGES
 from muco_ds.config_activations import ActivationCheckpointing, check_activations
 from muco_ds.config_curriculum import RANGES as CURRICULUM_RANGES
 from muco_ds.config_curriculum import CurriculumOptions, check_curriculum
+from muco_ds.config_evaluation import RANGES as EVALUATION_RANGES
+from muco_ds.config_evaluation import EvaluationOptions, check_evaluation
 from muco_ds.config_lora import LoraOptions, check_adapter
 from muco_ds.config_loss import RANGES as LOSS_RANGES
 from muco_ds.config_loss import LossOptions, TemperatureOptions
@@ -212,6 +214,7 @@ class RunConfig:
         loss: InfoNCE.
         temperature: How the loss's temperature changes.
         validation: Held-out rows during training.
+        evaluation: Benchmarks during training.
         checkpoint: Saving and resuming.
         log: Metrics.
         deepspeed: Path of the DeepSpeed JSON, relative to the current directory or, failing that, to the repository.
@@ -228,6 +231,7 @@ class RunConfig:
     loss: LossOptions = field(default_factory=LossOptions)
     temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
     deepspeed: str = DEFAULT_DEEPSPEED
@@ -264,6 +268,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     **LOSS_RANGES,
     "validation.every": (0, True, math.inf),
     "validation.rows": (1, True, math.inf),
+    **EVALUATION_RANGES,
     "checkpoint.every": (1, True, math.inf),
     "checkpoint.keep": (1, True, math.inf),
     "log.every": (1, True, math.inf),
@@ -326,6 +331,7 @@ def validate(config: RunConfig) -> None:
             f"validation.every is {config.validation.every} but data.val is null: "
             "set data.val to held-out rows, or validation.every to 0"
         )
+    check_evaluation(config.evaluation, config.task.name)
 
 
 def _check_weights(sources: list[Source]) -> None:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     *("run.dir", "run.max_steps", "run.epochs", "model.activation_checkpointing", "model.attention", "model.kernels"),
     *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
-    *("optim.max_skipped", "loss.key_exchange", "validation", "checkpoint", "log"),
+    *("optim.max_skipped", "loss.key_exchange", "validation", "evaluation", "checkpoint", "log"),
 )
 
 _LISTED_IMAGES = re.compile(r"data\.train\[\d+\]\.images")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from muco_ds.build import build_data, build_engine, build_validation
+from muco_ds.build import build_data, build_engine, build_suites, build_validation
 from muco_ds.checkpoint import Checkpoints, load_files
 from muco_ds.config import RunConfig, save_config
 from muco_ds.data.draws import DROPOUT, draw_u64
@@ -27,6 +27,7 @@ from muco_ds.distributed import env
 from muco_ds.distributed.lockstep import Lockstep
 from muco_ds.distributed.watchdog import Watchdog
 from muco_ds.errors import UserError
+from muco_ds.eval.held_out import Validation
 from muco_ds.flops import peak_flops
 from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
 from muco_ds.models.encode import encode_dialogues
@@ -54,7 +55,11 @@ class Trainer:
         self.folder = Path(config.run.dir) / config.run.name
         self.lockstep = Lockstep()
         self.data = build_data(config)  # first, because its mistakes are found in seconds
-        self.validation = build_validation(config, self.data)
+        self.validations: list[tuple[int, Validation]] = []  # and the steps between two
+        if (validation := build_validation(config, self.data)) is not None:
+            self.validations.append((config.validation.every, validation))
+        for name, suite in build_suites(config, self.data.packer).items():
+            self.validations.append((config.evaluation.scheduled()[name].every, suite))
         self.max_steps = config.run.steps(self.data.plan.mixture.steps_per_epoch)
         self.guard = NonFiniteGuard(config.optim.max_skipped, self.folder, self.data.plan.index)
         self.temperature = Temperature(config.temperature, config.loss.temperature, device)
@@ -107,10 +112,11 @@ class Trainer:
             last = step == self.max_steps
             meter.add(batch, waited)
             bar.update()
-            held_out = {}
-            if _due(step, config.validation.every, last):
-                with watchdog.resting(), meter.paused():
-                    held_out = self._validate(step)
+            held_out: dict[str, float] = {}
+            for every, validation in self.validations:
+                if _due(step, every, last):
+                    with watchdog.resting(), meter.paused():
+                        held_out |= self._validate(validation, step)
             if held_out or _due(step, config.log.every, last):
                 bar.set_postfix_str(self._log(batch, stats, meter, held_out))
             if _due(step, config.checkpoint.every, last):
@@ -202,12 +208,10 @@ class Trainer:
         top1 = "" if values["in_batch_top1"] is None else f" top1 {values['in_batch_top1']:.2f}"
         return f"loss {total['loss']:.3f}{top1} {rates['pairs_per_s']:.0f} pairs/s"
 
-    def _validate(self, step: int) -> dict[str, float]:
-        """What held-out rows say, for the log. Collective."""
-        if self.validation is None:
-            return {}
+    def _validate(self, validation: Validation, step: int) -> dict[str, float]:
+        """What held-out rows or a benchmark say, for the log. Collective."""
         self.engine.eval()
-        found = self.validation(self.engine, self.device)
+        found = validation(self.engine, self.device)
         self.engine.train()
         if self.metrics is not None:
             self.metrics.show(found.shown, step)

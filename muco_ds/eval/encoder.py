@@ -53,20 +53,21 @@ class Encoder:
         size = (WINDOW_DIALOGUES if self.deadline is None else _TIMED_DIALOGUES) * env.world_size()
         rows = sum(len(dialogue.turns) for dialogue in dialogues)
         with tqdm(total=rows, desc=name, unit="row", disable=not (self.progress and env.is_main())) as bar:
+            starts = range(0, max(len(dialogues), 1), size)
             windows = encode_windows(
                 self.model,
                 self.packer,
-                (dialogues[start : start + size] for start in range(0, max(len(dialogues), 1), size)),
+                (dialogues[start : start + size] for start in starts),
                 pack_tokens=self.pack_tokens,
                 device=self.device,
                 shared=True,
                 mark_broken=mark_broken,
                 progress=bar,
             )
-            return torch.cat(list(self._in_time(windows)))
+            return torch.cat(list(self._in_time(windows, len(starts))))
 
-    def _in_time(self, windows: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for window in windows:
+    def _in_time(self, windows: Iterator[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+        for number, window in enumerate(windows, 1):
             yield window
-            if self.deadline is not None and env.from_main(time.monotonic() > self.deadline):
+            if number < count and self.deadline is not None and env.from_main(time.monotonic() > self.deadline):
                 raise OutOfTime

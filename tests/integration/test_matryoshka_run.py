@@ -42,6 +42,7 @@ def out(demo: Demo, programs: Programs, tmp_path_factory: pytest.TempPathFactory
     overrides: dict[str, object] = {
         **{"loss.matryoshka": json.dumps(SIZES), "run.max_steps": 3, "batch.pack_tokens": 600},
         **{"validation.every": 3, "validation.rows": 4, "optim.lr": 1e-3},
+        **{"evaluation.m3t.every": 3, "evaluation.m3t.rows": 4, "evaluation.m3t.data": demo.data / "test.parquet"},
     }
     programs.run(demo.train(out, overrides), ranks=2).check()
     programs.run([CONVERT, out / "run", out / "model"]).check()
@@ -56,6 +57,8 @@ def test_each_size_has_its_loss_and_its_validation(out: Path) -> None:
     for name in ("overall", "turn_0"):
         scores = [last[f"val/{name}/precision@1{suffix}"] for suffix in ("", "@8", "@24")]
         assert all(0 <= score <= 1 for score in scores)
+        # The same rows, by the way that benchmarks go.
+        assert scores == [last[f"m3t/{name}/precision@1{suffix}"] for suffix in ("", "@8", "@24")]
 
 
 def test_sizes_are_recorded_and_evaluated(out: Path, demo: Demo, programs: Programs, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ LEVELS = [
         "config_activations",
         "config_cli",
         "config_curriculum",
+        "config_evaluation",
         "config_lora",
         "config_loss",
         "config_matryoshka",
