@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +128,18 @@ class Programs:
         return self.start(argv, **options).wait(timeout)
 
     def launch(self, command: Sequence[str | Path], *, timeout: float = 2 * TIMEOUT_S, **options: Any) -> Result:
-        """Run a command line as a user does, console scripts from beside this Python first in PATH."""
+        """Run a command line as a user does, console scripts from beside this Python first in PATH.
+
+        One at a time on this machine, whatever the number of test processes: launchers take a fixed port.
+        """
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         options = {"cwd": REPOSITORY, "env": self.environment | {"PATH": path}, **options}
         argv = [shutil.which(str(command[0]), path=path) or str(command[0]), *map(str, command[1:])]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(argv, **pipes, start_new_session=True, **options) as process:
+        with (
+            one_at_a_time(Path(tempfile.gettempdir()) / f"muco_ds_launch.{os.getuid()}.lock"),
+            subprocess.Popen(argv, **pipes, start_new_session=True, **options) as process,
+        ):
             try:
                 stdout, stderr = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
@@ -206,6 +215,14 @@ def losses(out: Path) -> dict[int, float]:
     values = {line["step"]: line["loss"] for line in metrics(out)}
     assert len(values) == len(metrics(out)), "a step was logged twice"
     return values
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def free_port() -> int:
