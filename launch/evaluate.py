@@ -19,7 +19,8 @@ from muco_ds.distributed import env
 from muco_ds.errors import exit_on_user_error
 from muco_ds.eval.encoder import Encoder
 from muco_ds.eval.evaluation import evaluate
-from muco_ds.eval.suite import scores_of
+from muco_ds.eval.mmeb_text import CONVENTIONS
+from muco_ds.eval.suite import label, scores_of
 from muco_ds.eval.suites import SUITES, SuiteOptions, open_suite
 from muco_ds.files import folder_facts
 from muco_ds.models.embedder import Embedder
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder for results.json")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these of the suite's data sets")
     parser.add_argument("--rows", type=int, help="only the first rows of each data set")
+    parser.add_argument("--convention", choices=CONVENTIONS, help="mmeb: how texts are composed; default: muco")
     parser.add_argument("--pack_tokens", type=int, help="token budget of one forward; default: by the device")
     parser.add_argument(
         "--dims",
@@ -54,7 +56,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     device = env.start()
     with env.agreement():
-        suite = open_suite(SuiteOptions(args.suite, args.data, args.images, args.datasets, args.rows))
+        options = SuiteOptions(args.suite, args.data, args.images, args.datasets, args.rows, args.convention)
+        suite = open_suite(options)
         embedder = Embedder.from_pretrained(args.model, device=device)
         sizes = sizes_of(args.dims or embedder.sizes, embedder.sizes[-1], "--dims")
     assert embedder.packer is not None
@@ -62,12 +65,13 @@ def main() -> int:
     results = evaluate(suite, encoder, args.output, folder_facts(Path(args.model)))
     if env.is_main():
         scores = list(scores_of(results["overall"]))
-        width = max(map(len, results))
+        width = max(len(label(name, entry)) for name, entry in results.items())
         heads = "".join(f"{score:>{len(score) + 1}}" for score in scores)
         print(f"{'':<{width}}{heads}{'queries':>9}{'candidates':>12}{'chance':>9}")
         for name, entry in results.items():
             values = "".join(f"{entry[score]:>{len(score) + 1}.4f}" for score in scores)
-            print(f"{name:<{width}}{values}{entry['queries']:>9}{entry['candidates']:>12}{entry['chance']:>9.4f}")
+            counts = f"{entry['queries']:>9}{entry['candidates']:>12}{entry['chance']:>9.4f}"
+            print(f"{label(name, entry):<{width}}{values}{counts}")
         if left_out := sum(entry.get("left_out", 0) for entry in results.values()):
             print(f"{left_out} rows could not be used and are not counted")
         print(f"written to {args.output / 'results.json'}")

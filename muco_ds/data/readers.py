@@ -89,17 +89,17 @@ def picture_folder(images: str, pattern: str) -> str:
     return os.path.realpath(images)
 
 
-def picture_paths(value: Any, images: str) -> tuple[str, ...]:
+def picture_paths(value: Any, images: str, key: str = "data.images") -> tuple[str, ...]:
     """Absolute paths of the pictures in a column that holds one path, a list of them or none.
 
-    Raises RowError for anything else, and for a path that leaves the folder `images`, a real path.
+    Raises RowError for anything else, and for a path that leaves the folder `images`, a real path that `key` set.
     """
     names = _strings(value, "a picture path")
     # Links are the user's own and may lead anywhere; '../' and '/' in a row must not.
     paths = tuple(os.path.normpath(os.path.join(images, name)) for name in names if name)
     for path in paths:
         if os.path.commonpath([path, images]) != images or "\0" in path:
-            raise RowError(f"picture path leaves data.images: {path!r}")
+            raise RowError(f"picture path leaves {key}: {path!r}")
     return paths
 
 

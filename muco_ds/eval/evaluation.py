@@ -16,7 +16,7 @@ from muco_ds.files import replacing
 
 
 def evaluate(suite: Suite, encoder: Encoder, output: Path, model: Any) -> dict[str, Entry]:
-    """Score what `output` does not hold yet, and write results.json there. Collective.
+    """Score what `output` does not hold yet, and write results.json and the suite's report there. Collective.
 
     Args:
         model: what JSON can hold, equal where the model is the same.
@@ -43,7 +43,11 @@ def evaluate(suite: Suite, encoder: Encoder, output: Path, model: Any) -> dict[s
         with env.agreement():  # after each, so that an evaluation that is ended leaves what it has
             if env.is_main():
                 write_results(output / "results.json", suite.results(entries))
-    return suite.results(entries)
+    results = suite.results(entries)
+    with env.agreement():
+        if env.is_main():
+            suite.report(results, output)
+    return results
 
 
 def write_results(path: Path, results: Mapping[str, Entry]) -> None:

@@ -120,6 +120,9 @@ class M3TSuite:
     def results(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         return dict(entries)
 
+    def report(self, results: Mapping[str, Entry], folder: Path) -> None:
+        """Nothing: what the program prints says it all."""
+
 
 def _check_header(path: str) -> None:
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from muco_ds.eval.encoder import Encoder
@@ -39,7 +40,21 @@ class Suite(Protocol):
         """`entries` of all data sets scored so far, with `overall` and other means before them."""
         ...
 
+    def report(self, results: Mapping[str, Entry], folder: Path) -> None:
+        """Write what people read of `results` into `folder`, beside results.json. On rank 0.
+
+        Raises:
+            UserError: the folder can't be written.
+        """
+        ...
+
 
 def scores_of(entry: Entry) -> dict[str, float]:
     """The scores in an entry, without what else it says."""
     return {name: value for name, value in entry.items() if name.startswith(("precision@", "recall@"))}
+
+
+def label(name: str, entry: Entry) -> str:
+    """An entry's name; a mean over some of the benchmark's data sets says so: `overall (3 of 36)`."""
+    some = entry.get("datasets", 0) < entry.get("of", 0)
+    return f"{name} ({entry['datasets']} of {entry['of']})" if some else name

@@ -9,9 +9,14 @@ from pathlib import Path
 from muco_ds.data.readers import M3TReader
 from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TSuite
+from muco_ds.eval.mmeb import MMEBSuite
+from muco_ds.eval.mmeb_text import Convention
 from muco_ds.eval.suite import Suite
 
-SUITES = {"m3t": "precision@1 per turn type of rows in M3T's columns"}
+SUITES = {
+    "m3t": "precision@1 per turn type of rows in M3T's columns",
+    "mmeb": "precision@1 of MMEB V1's 36 data sets, each query among its own candidates",
+}
 """What each is, in a line."""
 
 
@@ -25,6 +30,7 @@ class SuiteOptions:
         images: folder that picture paths start from; None: where the benchmark has it.
         datasets: only these; None: all.
         rows: only the first ones of each data set; None: all.
+        convention: mmeb: how texts are composed; None: `muco`.
     """
 
     name: str
@@ -32,10 +38,16 @@ class SuiteOptions:
     images: str | None = None
     datasets: Sequence[str] | None = None
     rows: int | None = None
+    convention: Convention | None = None
 
 
 def open_suite(options: SuiteOptions) -> Suite:
-    """Raises UserError: files that are not there, a data set that the suite has not."""
+    """Raises UserError: files that are not there, a data set or an option that the suite has not."""
+    if options.name == "mmeb":
+        convention = options.convention or "muco"
+        return MMEBSuite(options.data, options.images, options.datasets, options.rows, convention)
+    if options.convention:
+        raise UserError(f"--convention: {options.name} composes its texts in one way only: leave it out")
     if options.datasets:
         raise UserError(f"--datasets: {options.name} is one data set: leave it out")
     images = options.images or str(Path(options.data).parent / "images")
