@@ -1,6 +1,7 @@
 """One data set of MMEB: its distinct queries and candidates, and which belong to each row.
 
-Shape suffixes: Q queries, C candidates, K candidates of one row, R rows, D embedding size.
+Shape suffixes: Q queries, C candidates, R rows, B rows of a block, U candidates of a block, K of one row, N of one row
+that score alike, D embedding size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from muco_ds.errors import UserError
 from muco_ds.eval.mmeb_datasets import DATASETS
 from muco_ds.eval.mmeb_files import MMEBFile, Pictures
 from muco_ds.eval.mmeb_text import Composed, Wording, candidates_of, query_of
+
+_ROWS_AT_ONCE = 16
+"""Rows scored at a time: all of their candidates' embeddings are held once more."""
+
+_NEAR = 1e-5
+"""Scores of unit-length embeddings that are this near may have been rounded past each other."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,28 @@ class MMEBTask:
     def correct(self, query_QD: torch.Tensor, candidate_CD: torch.Tensor) -> torch.Tensor:
         """Bool [R]: whether the right candidate of each row beats all others, by inner product in float32."""
         correct_R = torch.zeros(len(self.rows), dtype=torch.bool)
-        for i, row in enumerate(self.rows):
-            own_KD = candidate_CD[torch.from_numpy(row.candidates_K)].float()
-            # Not a matrix product, which may round equal rows differently: equal embeddings must tie.
-            score_K = (own_KD * query_QD[row.query].float()).sum(1)
-            correct_R[i] = bool((score_K[0] > score_K[1:]).all()) and not bool(score_K[0].isnan())
+        for start in range(0, len(self.rows), _ROWS_AT_ONCE):
+            rows = self.rows[start : start + _ROWS_AT_ONCE]
+            own_U, place = np.unique(np.concatenate([row.candidates_K for row in rows]), return_inverse=True)
+            own_UD = candidate_CD[torch.from_numpy(own_U)].float()
+            asked_BD = query_QD[[row.query for row in rows]].float()
+            score_BU = asked_BD @ own_UD.T
+            places = np.split(place, np.cumsum([len(row.candidates_K) for row in rows])[:-1])
+            for i, place_K in enumerate(map(torch.from_numpy, places)):
+                correct_R[start + i] = _first_wins(score_BU[i, place_K], place_K, own_UD, asked_BD[i])
         return correct_R
+
+
+def _first_wins(score_K: torch.Tensor, place_K: torch.Tensor, own_UD: torch.Tensor, query_D: torch.Tensor) -> bool:
+    """Whether the first score is the highest; where others are near, by products that round equal rows equally.
+
+    A matrix product does not, and of a model that makes all embeddings equal some answers would then be right.
+    """
+    if bool((score_K[1:] > score_K[0] + _NEAR).any()):
+        return False
+    near_K = ~(score_K < score_K[0] - _NEAR)  # and NaN, which must not win
+    score_N = (own_UD[place_K[near_K]] * query_D).sum(1)
+    return bool((score_N[0] > score_N[1:]).all()) and not bool(score_N[0].isnan())
 
 
 @dataclass
@@ -105,22 +128,25 @@ class _Builder:
     queries: dict[Dialogue, int] = field(default_factory=dict)
     candidates: list[Dialogue] = field(default_factory=list)
     places: dict[Hashable, int] = field(default_factory=dict)
+    known: dict[Composed, int] = field(default_factory=dict)
 
     def row(self, name: str, query: Composed, candidates: list[Composed]) -> RankedRow:
         """Raises RowError before anything is kept."""
         asked = self._dialogue(query)
         if not asked.images and not asked.turns[0]:
             raise RowError("the query has neither text nor picture")
-        offered = [(one, self._dialogue(one)) for one in candidates]
-        places = dict.fromkeys(self._place(one, dialogue) for one, dialogue in offered)
+        # A thousand rows may list the same thousand candidates.
+        fresh = {composed: self._dialogue(composed) for composed in candidates if composed not in self.known}
+        for composed, dialogue in fresh.items():
+            self.known[composed] = self._place(self.wording.key(composed, dialogue), dialogue)
+        places = dict.fromkeys(self.known[composed] for composed in candidates)
         return RankedRow(name, self.queries.setdefault(asked, len(self.queries)), np.array([*places], np.int64))
 
     def _dialogue(self, composed: Composed) -> Dialogue:
         images = (self.locate(composed.image),) if composed.image else ()
         return Dialogue((self.wording.turn(composed),), images)
 
-    def _place(self, composed: Composed, dialogue: Dialogue) -> int:
-        key = self.wording.key(composed, dialogue)
+    def _place(self, key: Hashable, dialogue: Dialogue) -> int:
         if key not in self.places:
             self.places[key] = len(self.candidates)
             self.candidates.append(dialogue)

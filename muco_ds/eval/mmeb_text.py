@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from muco_ds.data.schema import Dialogue, Turn
 from muco_ds.data.templates import IMAGE_PAD, VISION_END, VISION_START, ChatTemplate
@@ -36,8 +35,7 @@ _MARK = re.compile(rf"<\|image_\d+\|>|{re.escape(VISION_START + IMAGE_PAD + VISI
 _NEWLINES = re.compile(r"\n+")
 
 
-@dataclass(frozen=True)
-class Composed:
+class Composed(NamedTuple):
     """A query or a candidate: VLM2Vec's text, where its picture is (path as in the row, '' = none) and its name."""
 
     text: str
@@ -69,10 +67,11 @@ def candidates_of(row: MMEBRow, dataset: MMEBDataset, publication: str) -> Itera
     else:
         instruction = row.target_instruction.replace(_PLACEHOLDER, "")
         captioned = bool(row.captions[0].strip())  # WebQA, EDIS, RefCOCO-Matching; the first speaks for all
-        ending = "\n" if captioned or dataset.parser == "t2i" else ""
+        by_picture = dataset.parser == "t2i"
+        ending = "\n" if captioned or by_picture else ""
         for caption, image in pairs:
             text = _pictured(f"{instruction} {caption}" if captioned else instruction) + ending
-            yield Composed(text, image, image if dataset.parser == "t2i" else f"{image}:" + caption.strip('"'))
+            yield Composed(text, image, image if by_picture else f"{image}:" + caption.strip('"'))
 
 
 def _pictured(instruction: str, text: str = "") -> str:
