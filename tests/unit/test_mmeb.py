@@ -113,13 +113,28 @@ def test_sizes_of_the_embedding_by_hand(tmp_path: Path) -> None:
     assert (entry["precision@1"], entry["precision@1@2"]) == (1.0, 0.5)
 
 
-def test_a_collapsed_embedding_scores_nothing_and_so_does_one_of_nan(tmp_path: Path) -> None:
-    rows = [ready(f"q{i}", "", [f"c{j}" for j in range(i, i + 5 + i)], []) for i in range(20)]
+def test_a_collapsed_embedding_scores_nothing(tmp_path: Path) -> None:
+    # Every place in lists of many lengths: a matrix product rounds the rows at its edges in another way.
+    lists = {k: [f"c{k},{j}" for j in range(k)] for k in (3, 5, 9, 17, 33)}
+    rows = [ready(f"q{k}", "", lists[k][j:] + lists[k][:j], []) for k in lists for j in range(k)]
     write_rows(tmp_path / "GQA", rows)
-    for vector in (torch.randn(1537).tolist(), [float("nan")] * 3):
-        vectors = {f"{kind}{i}": vector for kind in "qc" for i in range(50)}
+    for seed in range(4):
+        vector = torch.randn(97, generator=torch.manual_seed(seed)).tolist()
+        names = [*(f"q{k}" for k in lists), *(name for names in lists.values() for name in names)]
+        entry = score(tmp_path, chosen_encoder(dict.fromkeys(names, vector)))["GQA"]
+        assert (entry["precision@1"], entry["queries"]) == (0.0, 67)
+
+
+def test_what_the_model_makes_nan_of_is_wrong_and_not_left_out(tmp_path: Path) -> None:
+    rows = [ready("q", image, candidates, []) for image in ("", "a.png") for candidates in (["a"], ["a", "b"])]
+    write_rows(tmp_path / "GQA", rows)
+    write_pictures(tmp_path, "a.png")
+    for name in ("q", "a", "b"):
+        vectors = {"q": (1.0, 0.0), "q|a.png": (1.0, 0.0), "a": (1.0, 0.0), "b": (0.0, 1.0)}
+        vectors |= {key: (torch.nan, torch.nan) for key in vectors if key.startswith(name)}
         entry = score(tmp_path, chosen_encoder(vectors))["GQA"]
-        assert (entry["precision@1"], entry["left_out"], entry["queries"]) == (0.0, 0, 20)
+        right = 0.5 if name == "b" else 0.0
+        assert (entry["precision@1"], entry["left_out"], entry["queries"]) == (right, 0, 4)
 
 
 def test_composed_texts_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
