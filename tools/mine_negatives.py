@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
-from muco_ds.mining.search import Rule, load_faiss
+from muco_ds.mining.search import Rule
 from muco_ds.models.folder import read_settings
 
 SHOWN_BAD_ROWS = 5
@@ -60,7 +60,6 @@ def check(args: argparse.Namespace) -> Rule:
         raise UserError(f"--output: '{args.output}' is no name of a parquet file: end it in .parquet")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output: '{args.output}' exists: give --overwrite to replace it, or another name")
-    load_faiss()
     read_settings(args.model)
     return Rule(args.negatives, args.max_share, args.skip, args.depth)
 
@@ -92,9 +91,12 @@ def main() -> int:
     from muco_ds.data.readers import M3TReader  # imports take seconds; a typo in the command line should not
     from muco_ds.mining.mine import Task, mine_negatives
     from muco_ds.models.embedder import Embedder
+    from muco_ds.search import load_faiss
 
     device = env.start()
     with env.agreement():
+        if device.type == "cpu":
+            load_faiss()  # now, and not after hours of encoding
         images = args.images or str(Path(args.data).parent / "images")
         reader = M3TReader(args.data, images, "--data")
         others = [M3TReader(args.corpus, images, "--corpus")] if args.corpus else []

@@ -87,7 +87,7 @@ def mine_negatives(
         def search_and_write() -> None:
             targets, queries = vectors
             assert targets is not None and queries is not None
-            report.update(_search_and_write(packer, task, rule, provenance, queries, targets, progress))
+            report.update(_search_and_write(packer, task, rule, provenance, queries, targets, device, progress))
 
         env.on_main(search_and_write)
     return report
@@ -108,6 +108,7 @@ def _search_and_write(
     provenance: dict[str, Any],
     queries: Vectors,
     targets: Vectors,
+    device: torch.device,
     progress: bool,
 ) -> dict[str, Any]:
     turns, corpus = task.turns, task.corpus
@@ -120,7 +121,7 @@ def _search_and_write(
         raise UserError(f"{turns.reader.files[0]}: no usable row; row {row}: {reason}")
     usable_C = corpus.writable_C & ~targets.broken
     asked = Asked(row_Q, turns.query_N, task.answer_Q, ~broken_R[row_Q], usable_C)
-    mined = mine(queries, targets, asked, rule, progress=progress)
+    mined = mine(queries, targets, asked, rule, device=device, progress=progress)
 
     place_of = dict(zip(rows_R.tolist(), range(len(rows_R)), strict=True))
 

@@ -9,20 +9,16 @@ M (row, candidate) pairs.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise
-from types import ModuleType
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from muco_ds.data.stages.base import ragged
-from muco_ds.errors import UserError
 from muco_ds.mining.vectors import Vectors
-
-MEMORY = 256 * 2**20
-"""Bytes of queries, and of targets, that are in memory at a time."""
+from muco_ds.search import MEMORY, Nearest
 
 _MAX_QUERIES = 16384  # their candidates are held several times over
 
@@ -78,21 +74,17 @@ class Mined:
         return (self.negatives_Rn >= 0).sum(axis=1)
 
 
-def load_faiss() -> ModuleType:
-    """The search library. Raises UserError where it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError(f"mining needs faiss ({error}): pip install faiss-cpu") from error
-    # Launchers give each rank one thread; only one rank searches, and the others wait for it.
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
-    return faiss
-
-
 def mine(
-    queries: Vectors, corpus: Vectors, asked: Asked, rule: Rule, *, memory: int = MEMORY, progress: bool = False
+    queries: Vectors,
+    corpus: Vectors,
+    asked: Asked,
+    rule: Rule,
+    *,
+    device: torch.device,
+    memory: int = MEMORY,
+    progress: bool = False,
 ) -> Mined:
-    """Negatives of every row."""
+    """Negatives of every row. `memory`: bytes of queries, and of targets, that are in memory at a time."""
     mined = Mined(np.full((asked.rows, rule.negatives), -1, np.int64))
     known = _Known.of(asked, len(corpus))
     width = max(1, memory // (4 * queries.width))
@@ -100,7 +92,7 @@ def mine(
     with tqdm(total=len(asked.row_Q), desc="searching", unit="query", disable=not progress) as bar:
         for start, stop in pairwise(bounds):
             answer_Q = asked.answer_Q[start:stop]
-            found = nearest(queries.read(start, stop), corpus, answer_Q, rule.depth, shard=width)
+            found = nearest(queries.read(start, stop), corpus, answer_Q, rule.depth, shard=width, device=device)
             _choose(found, slice(start, stop), asked, known, rule, mined)
             bar.update(stop - start)
     return mined
@@ -115,25 +107,19 @@ class Found:
     own_Q: np.ndarray
 
 
-def nearest(query_QD: np.ndarray, corpus: Vectors, answer_Q: np.ndarray, depth: int, *, shard: int) -> Found:
+def nearest(
+    query_QD: np.ndarray, corpus: Vectors, answer_Q: np.ndarray, depth: int, *, shard: int, device: torch.device
+) -> Found:
     """Exact search by inner product, `shard` targets at a time; equal scores in the corpus' order."""
-    faiss = load_faiss()
-    queries = len(query_QD)
-    depth = min(depth, len(corpus))
-    score_Qk: np.ndarray = np.empty((queries, 0), np.float32)
-    index_Qk: np.ndarray = np.empty((queries, 0), np.int64)
-    own_Q = np.empty(queries, np.float32)
+    found = Nearest(torch.from_numpy(query_QD).to(device), depth)
+    own_Q = np.empty(len(query_QD), np.float32)
     for start in range(0, len(corpus), shard):
         target_CD = corpus.read(start, min(start + shard, len(corpus)))
         own = np.flatnonzero((answer_Q >= start) & (answer_Q < start + len(target_CD)))
         for part in np.array_split(own, -(-len(own) // 1024) or 1):
             own_Q[part] = np.einsum("qd,qd->q", query_QD[part], target_CD[answer_Q[part] - start])
-        k = min(depth, len(target_CD))
-        score, index = faiss.knn(query_QD, target_CD, k, metric=faiss.METRIC_INNER_PRODUCT)
-        score_Qk, index_Qk = np.hstack([score_Qk, score]), np.hstack([index_Qk, index + start])
-        order_Qk = np.lexsort((index_Qk, -score_Qk), axis=1)[:, :depth]
-        score_Qk, index_Qk = (np.take_along_axis(values, order_Qk, axis=1) for values in (score_Qk, index_Qk))
-    return Found(score_Qk, index_Qk, own_Q)
+        found.add(torch.from_numpy(target_CD).to(device))
+    return Found(found.score_Qk.cpu().numpy(), found.index_Qk.cpu().numpy(), own_Q)
 
 
 @dataclass(frozen=True)

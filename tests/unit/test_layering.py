@@ -37,6 +37,7 @@ LEVELS = [
         "files",
         "flops",
         "optim",
+        "search",
         "temperature",
     },
     {"models"},

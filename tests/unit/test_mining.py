@@ -29,6 +29,7 @@ from demo import write_rows as write_parquet
 from tiny_models import embedder, packer
 
 D = 8
+CPU = torch.device("cpu")
 
 
 def vectors_of(path: Path, rows_ND: np.ndarray) -> Vectors:
@@ -103,7 +104,7 @@ def listed(mined: Mined) -> list[list[int]]:
 )
 def test_negatives_are_those_of_plain_loops(tmp_path: Path, rule: Rule, memory: int) -> None:
     queries, targets, asked = problem(tmp_path)
-    mined = mine(queries, targets, asked, rule, memory=memory)
+    mined = mine(queries, targets, asked, rule, device=CPU, memory=memory)
     expected = by_loops(queries, targets, asked, rule)
     assert listed(mined) == expected and any(expected)
     assert mined.filled().tolist() == [len(negatives) for negatives in expected]
@@ -120,11 +121,11 @@ def test_the_problem_has_what_it_is_about(tmp_path: Path) -> None:
 
 def test_counts_add_up(tmp_path: Path) -> None:
     queries, targets, asked = problem(tmp_path)
-    mined = mine(queries, targets, asked, Rule(negatives=60, max_share=0.6, skip=2, depth=60))
+    mined = mine(queries, targets, asked, Rule(negatives=60, max_share=0.6, skip=2, depth=60), device=CPU)
     usable = int(asked.usable_Q.sum())
     assert mined.looked_at == usable * int(asked.usable_C.sum()) and mined.queries == usable
     assert mined.skipped == 2 * usable and mined.right >= usable * 0.8 and mined.too_near > 0
-    everything = mine(queries, targets, asked, Rule(negatives=60, max_share=np.inf, depth=60))
+    everything = mine(queries, targets, asked, Rule(negatives=60, max_share=np.inf, depth=60), device=CPU)
     assert everything.too_near == everything.skipped == 0 and everything.right == mined.right
 
 
@@ -135,10 +136,10 @@ def test_equal_scores_and_shards(tmp_path: Path) -> None:
     queries = vectors_of(tmp_path / "queries", rng.integers(-2, 3, (40, D)))
     asked = Asked(np.arange(40), np.arange(40), np.arange(40), np.ones(40, bool), np.ones(200, bool))
     rule = Rule(negatives=200, max_share=0.9, depth=200)
-    whole = mine(queries, targets, asked, rule)
+    whole = mine(queries, targets, asked, rule, device=CPU)
     assert whole.too_near > 0
     for memory in (4 * D * 17, 4 * D * 33):
-        assert listed(mine(queries, targets, asked, rule, memory=memory)) == listed(whole)
+        assert listed(mine(queries, targets, asked, rule, device=CPU, memory=memory)) == listed(whole)
 
 
 def test_rows_that_are_not_finite_become_zero(tmp_path: Path) -> None:
