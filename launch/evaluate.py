@@ -17,8 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from muco_ds.config_matryoshka import sizes_of
 from muco_ds.distributed import env
 from muco_ds.errors import exit_on_user_error
-from muco_ds.eval.encoder import Encoder
+from muco_ds.eval.encoder import Encoder, Store
 from muco_ds.eval.evaluation import evaluate
+from muco_ds.eval.mbeir import POOLS
 from muco_ds.eval.mmeb_text import CONVENTIONS
 from muco_ds.eval.suite import label, scores_of
 from muco_ds.eval.suites import SUITES, SuiteOptions, open_suite
@@ -37,6 +38,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="only these of the suite's data sets")
     parser.add_argument("--rows", type=int, help="only the first rows of each data set")
     parser.add_argument("--convention", choices=CONVENTIONS, help="mmeb: how texts are composed; default: muco")
+    parser.add_argument("--pool", choices=POOLS, help="mbeir: candidates of each data set's own pool, of all, or both")
+    parser.add_argument("--seed", type=int, help="mbeir: of the prompts that are drawn; default 2023")
     parser.add_argument("--pack_tokens", type=int, help="token budget of one forward; default: by the device")
     parser.add_argument(
         "--dims",
@@ -56,13 +59,17 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     device = env.start()
     with env.agreement():
-        options = SuiteOptions(args.suite, args.data, args.images, args.datasets, args.rows, args.convention)
+        options = SuiteOptions(
+            args.suite, args.data, args.images, args.datasets, args.rows, args.convention, args.pool, args.seed
+        )
         suite = open_suite(options)
         embedder = Embedder.from_pretrained(args.model, device=device)
         sizes = sizes_of(args.dims or embedder.sizes, embedder.sizes[-1], "--dims")
     assert embedder.packer is not None
-    encoder = Encoder(embedder, embedder.packer, device, args.pack_tokens, sizes, progress=True)
-    results = evaluate(suite, encoder, args.output, folder_facts(Path(args.model)))
+    model = folder_facts(Path(args.model))
+    store = Store(args.output / "embeddings", model, embedder.sizes[-1])
+    encoder = Encoder(embedder, embedder.packer, device, args.pack_tokens, sizes, progress=True, store=store)
+    results = evaluate(suite, encoder, args.output, model)
     if env.is_main():
         scores = list(scores_of(results["overall"]))
         width = max(len(label(name, entry)) for name, entry in results.items())

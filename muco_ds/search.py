@@ -8,6 +8,8 @@ Shape suffixes: Q queries, C candidates of a block, k kept candidates, D embeddi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -18,18 +20,12 @@ MEMORY = 256 * 2**20
 """Bytes of a block of candidates in float32, and of a block of scores on a GPU."""
 
 
-def load_faiss(ranks: int = 1) -> ModuleType:
-    """The search library of a CPU. Raises UserError where it is not installed.
-
-    Args:
-        ranks: how many search at the same time on this machine's cores.
-    """
+def load_faiss() -> ModuleType:
+    """The search library of a CPU. Raises UserError where it is not installed."""
     try:
         import faiss
     except ImportError as error:
         raise UserError(f"searching on a CPU needs faiss ({error}): pip install faiss-cpu") from error
-    # Launchers give each rank one thread, whether or not the others have work.
-    faiss.omp_set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     return faiss
 
 
@@ -41,21 +37,24 @@ class Nearest:
     Args:
         query_QD: float32, on the device that is to search.
         depth: how many candidates to keep.
-        ranks: as in `load_faiss`.
+        ranks: how many search at the same time on this machine's cores.
     """
 
     def __init__(self, query_QD: torch.Tensor, depth: int, *, ranks: int = 1) -> None:
         self.query_QD, self.depth, self.seen = query_QD, depth, 0
         self.score_Qk = query_QD.new_empty(len(query_QD), 0)  # float32
         self.index_Qk = query_QD.new_empty(len(query_QD), 0, dtype=torch.int64)
-        self._faiss = None if query_QD.is_cuda else load_faiss(ranks)
+        self._faiss = None if query_QD.is_cuda else load_faiss()
+        # Launchers give each rank one thread, whether or not the others have work.
+        self._threads = max(1, len(os.sched_getaffinity(0)) // ranks)
 
     def add(self, target_CD: torch.Tensor) -> None:
         """Look at the candidates that follow: float32, on the queries' device."""
         k = min(self.depth, len(target_CD))
         if self._faiss is not None:
-            metric = self._faiss.METRIC_INNER_PRODUCT
-            found = self._faiss.knn(self.query_QD.numpy(), target_CD.numpy(), k, metric=metric)
+            with _threads(self._faiss, self._threads):
+                metric = self._faiss.METRIC_INNER_PRODUCT
+                found = self._faiss.knn(self.query_QD.numpy(), target_CD.numpy(), k, metric=metric)
             score_Qk, index_Qk = map(torch.from_numpy, found)
         else:
             score_Qk, index_Qk = best_by_topk(self.query_QD, target_CD, k)
@@ -75,3 +74,14 @@ def best_by_topk(
     size = max(1, memory // (4 * len(target_CD)))
     found = [(query_BD @ target_CD.T).topk(k, dim=1) for query_BD in query_QD.split(size)]
     return torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
+
+
+@contextmanager
+def _threads(faiss: ModuleType, count: int) -> Iterator[None]:
+    """faiss with so many threads; its number is also that of torch, whose it must not stay."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -21,7 +21,9 @@ import numpy as np
     DROPOUT,
     TURNS,
     CURRICULUM,
-) = range(12)
+    INSTRUCTION,
+    POSITIVE,
+) = range(14)
 """Purposes: two draws with different purposes are independent."""
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

@@ -9,6 +9,7 @@ from pathlib import Path
 from muco_ds.data.readers import M3TReader
 from muco_ds.errors import UserError
 from muco_ds.eval.m3t import M3TSuite
+from muco_ds.eval.mbeir import SEED, MBEIRSuite
 from muco_ds.eval.mmeb import MMEBSuite
 from muco_ds.eval.mmeb_text import Convention
 from muco_ds.eval.suite import Suite
@@ -16,6 +17,7 @@ from muco_ds.eval.suite import Suite
 SUITES = {
     "m3t": "precision@1 per turn type of rows in M3T's columns",
     "mmeb": "precision@1 of MMEB V1's 36 data sets, each query among its own candidates",
+    "mbeir": "recall of M-BEIR's 16 cells of a data set and a task",
 }
 """What each is, in a line."""
 
@@ -31,6 +33,8 @@ class SuiteOptions:
         datasets: only these; None: all.
         rows: only the first ones of each data set; None: all.
         convention: mmeb: how texts are composed; None: `muco`.
+        pool: mbeir: `local` (None), `union` or `both`.
+        seed: mbeir: of the prompts; None: its own.
     """
 
     name: str
@@ -39,15 +43,30 @@ class SuiteOptions:
     datasets: Sequence[str] | None = None
     rows: int | None = None
     convention: Convention | None = None
+    pool: str | None = None
+    seed: int | None = None
+
+    def of_others(self) -> dict[str, tuple[str, object]]:
+        """Options that one suite alone has, with its name."""
+        return {
+            "convention": ("mmeb", self.convention),
+            "pool": ("mbeir", self.pool),
+            "seed": ("mbeir", self.seed),
+        }
 
 
 def open_suite(options: SuiteOptions) -> Suite:
     """Raises UserError: files that are not there, a data set or an option that the suite has not."""
+    for key, (suite, value) in options.of_others().items():
+        if value is not None and suite != options.name:
+            raise UserError(f"--{key}: is for {suite}, {options.name} has none: leave it out")
     if options.name == "mmeb":
         convention = options.convention or "muco"
         return MMEBSuite(options.data, options.images, options.datasets, options.rows, convention)
-    if options.convention:
-        raise UserError(f"--convention: {options.name} composes its texts in one way only: leave it out")
+    if options.name == "mbeir":
+        seed = SEED if options.seed is None else options.seed
+        root, pool = Path(options.data), options.pool or "local"
+        return MBEIRSuite(root, options.images, options.datasets, pool, options.rows, seed)
     if options.datasets:
         raise UserError(f"--datasets: {options.name} is one data set: leave it out")
     images = options.images or str(Path(options.data).parent / "images")
