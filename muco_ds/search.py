@@ -20,12 +20,17 @@ MEMORY = 256 * 2**20
 """Bytes of a block of candidates in float32, and of a block of scores on a GPU."""
 
 
+_MATRIX_QUERIES = 8
+
+
 def load_faiss() -> ModuleType:
     """The search library of a CPU. Raises UserError where it is not installed."""
     try:
         import faiss
     except ImportError as error:
         raise UserError(f"searching on a CPU needs faiss ({error}): pip install faiss-cpu") from error
+    # Below its own bound, some 450 queries, it multiplies vector by vector: five times slower (docs/log.md).
+    faiss.cvar.distance_compute_blas_threshold = _MATRIX_QUERIES
     return faiss
 
 
