@@ -242,6 +242,9 @@ class Candidates:
             found.append(Dialogue((text,), images))
         return found
 
+    def name(self, line: int) -> str:
+        return f"{self.pool.path}: candidate {self.number_M[line]}"
+
 
 def _did(line: bytes, path: Path, number: int) -> int:
     where = f"{path}: line {number}"

@@ -41,6 +41,9 @@ class Queries:
     def dialogues(self, start: int, stop: int) -> list[Dialogue]:
         return self.all[start:stop]
 
+    def name(self, line: int) -> str:
+        return f"query {line}"
+
     @property
     def key(self) -> str:
         """Equal where the dialogues are."""

@@ -309,7 +309,7 @@ def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", [{"pool": "union"}, {"seed": 3}])
 def test_other_suites_refuse_its_options(tmp_path: Path, option: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(option))}: m3t has none: leave it out"):
+    with pytest.raises(UserError, match=f"--{next(iter(option))}: is for mbeir, m3t has none: leave it out"):
         open_suite(SuiteOptions("m3t", str(tmp_path), **option))
 
 

@@ -197,7 +197,7 @@ def test_what_is_asked_for_and_is_not_there_is_refused(tmp_path: Path) -> None:
         MMEBSuite(str(tmp_path), None, ["WebQA"], None, "muco")
     with pytest.raises(UserError, match="no data set 'CIFAR-100'"):
         MMEBSuite(str(tmp_path), None, ["CIFAR-100"], None, "muco")
-    with pytest.raises(UserError, match="--convention: m3t"):
+    with pytest.raises(UserError, match="--convention: is for mmeb, m3t has none"):
         open_suite(SuiteOptions("m3t", str(tmp_path), convention="muco"))
     for rows in ([ready(QUESTION, "absent.png", ["a", "b"], [])], [ready(QUESTION, "", [], [])]):
         write_rows(tmp_path / "OK-VQA", rows)
