@@ -26,6 +26,7 @@ from muco_ds.errors import UserError
 from muco_ds.export_adapter import Adapter, Weight, stored_weight
 from muco_ds.export_st import read_json, write_json, write_processing, write_sentence_transformers
 from muco_ds.families import FAMILIES
+from muco_ds.models.adapters import with_adapter
 from muco_ds.models.backbones import load_backbone, load_config
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.encode import encode_dialogues
@@ -289,12 +290,9 @@ def _write_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) ->
 
 def _adapted(base: str, folder: Path, settings: Settings, dtype: torch.dtype) -> Embedder:
     """The backbone with the adapter in a folder, by peft's means."""
-    from peft import PeftModel  # seconds
-
     processing = Processing.load(str(folder), settings)
     vocabulary = len(processing.tokenizer)
-    model = load_backbone(base, dtype=dtype, attention="auto", vocabulary=vocabulary)
-    model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    model = with_adapter(load_backbone(base, dtype=dtype, attention="auto", vocabulary=vocabulary), str(folder))
     embedder = Embedder(model, freeze_vision=True).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     embedder.packer = processing.packer(model.config)
     return embedder

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muco_ds.data.templates import END, IMAGE_PAD, SYSTEM_PROMPT, VISION_END, VISION_START
+from muco_ds.data.templates import END, IMAGE_PAD, SYSTEM_PROMPT, VISION_END, VISION_START, TemplateName
 from muco_ds.families import FAMILIES
 from muco_ds.models.backbones import COMPRESSION_TOKEN
 from muco_ds.models.folder import Settings
@@ -54,10 +54,10 @@ _TEMPLATE = r"""
       {%- endfor -%}
     {%- endif -%}
     {%- set text = text_of(content) | trim -%}
-    {%- if pictures.count and text -%}
+    {%- if pictures.count and TEXT_OR_LINE -%}
       {{- '\n' -}}
     {%- endif -%}
-    {{- text + 'TAIL' -}}
+    {{- TEXT + 'TAIL' -}}
     {%- if not loop.last -%}
       {{- 'CLOSING' -}}
     {%- endif -%}
@@ -68,19 +68,19 @@ _TEMPLATE = r"""
 """
 
 
-def chat_template(pool_token: str, compression_tokens: int = 0, plain: bool = False) -> str:
+def chat_template(pool_token: str, compression_tokens: int = 0, template: TemplateName = "chat") -> str:
     """Jinja template whose prompt equals `ChatTemplate.render` and ends with the token(s) that are pooled.
 
     A system message replaces the default one. `add_generation_prompt` changes nothing.
 
     Args:
         compression_tokens: how many stand in place of the pool token.
-        plain: nothing but pictures, texts and pooled tokens.
+        template: as of `ChatTemplate`; "plain": nothing but pictures, texts and pooled tokens.
     """
     pooled = "".join(COMPRESSION_TOKEN.format(i) for i in range(compression_tokens)) or pool_token
     values = dict.fromkeys(("OPENING", "USER", "CLOSING"), "")
     values |= {"SYSTEM_MESSAGE": "raise_exception('Plain prompts have no system message.')", "TAIL": pooled}
-    if not plain:
+    if template != "plain":
         values = {
             "SYSTEM_MESSAGE": rf"'<|im_start|>system\n' + text_of(content) + '{END}\n'",
             "OPENING": rf"<|im_start|>system\n{SYSTEM_PROMPT}{END}\n",
@@ -88,15 +88,20 @@ def chat_template(pool_token: str, compression_tokens: int = 0, plain: bool = Fa
             "TAIL": rf"{END}\n<|im_start|>assistant\n{pooled}",
             "CLOSING": r"\n" if pooled == END else rf"{END}\n",
         }
-    template = _TEMPLATE.strip()
-    for name, value in {**values, "VISION": VISION_START + IMAGE_PAD + VISION_END}.items():
-        template = template.replace(name, value)
-    return template
+    values |= {"TEXT_OR_LINE": "text", "TEXT": "text", "VISION": VISION_START + IMAGE_PAD + VISION_END}
+    if template == "muco":
+        # Without its empty lines, which are all that a split leaves empty.
+        lines = r"((text_of(content).split('\n') | select | join('\n')) + '\n' if text else '')"
+        values |= {"TEXT_OR_LINE": "true", "TEXT": lines}
+    written = _TEMPLATE.strip()
+    for name, value in values.items():
+        written = written.replace(name, value)
+    return written
 
 
 def write_processing(folder: Path, settings: Settings, model_type: str) -> None:
     """Turn the training run's processing files in `folder` into ones that stock classes load."""
-    template = chat_template(settings.pool_token, settings.compression_tokens, plain=settings.template == "plain")
+    template = chat_template(settings.pool_token, settings.compression_tokens, settings.template)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     tokenizer = read_json(folder / "tokenizer_config.json")

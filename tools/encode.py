@@ -30,7 +30,7 @@ from pathlib import Path
 from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.files import folder_facts
-from muco_ds.models.folder import read_settings
+from muco_ds.models.recognise import recognise
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -71,7 +71,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--device: under a launcher every rank takes its own: leave it out")
     if os.path.exists(args.input) and not (os.path.isfile(args.input) or os.path.isdir(args.input)):
         raise UserError(f"--input: '{args.input}' is no file of lines that can be read twice: write it to one")
-    read_settings(str(args.model))
+    recognise(str(args.model))
 
 
 def key_of(args: argparse.Namespace, digest: str, dtype: object) -> str:

@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.mining.search import Rule
-from muco_ds.models.folder import read_settings
+from muco_ds.models.recognise import recognise
 
 SHOWN_BAD_ROWS = 5
 
@@ -60,7 +60,7 @@ def check(args: argparse.Namespace) -> Rule:
         raise UserError(f"--output: '{args.output}' is no name of a parquet file: end it in .parquet")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output: '{args.output}' exists: give --overwrite to replace it, or another name")
-    read_settings(args.model)
+    recognise(args.model)
     return Rule(args.negatives, args.max_share, args.skip, args.depth)
 
 
@@ -108,7 +108,7 @@ def main() -> int:
         embedder.packer,
         task,
         rule,
-        provenance={"model": args.model, "settings": vars(read_settings(args.model)), "data": args.data}
+        provenance={"model": args.model, "settings": vars(recognise(args.model).settings), "data": args.data}
         | {"images": images, "corpus": args.corpus},
         pack_tokens=args.pack_tokens,
         device=device,

@@ -18,7 +18,7 @@ from muco_ds.data.decode import read_size as read_size
 from muco_ds.data.schema import ImageRef
 
 TINY_SIDE, TINY_SIZE = 28, 56
-"""A picture with a side under 28 px becomes 56 x 56 (released MuCo code)."""
+"""A picture with a side under 28 px becomes 56 x 56, bicubic (released MuCo code), before anything else."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class ImagePipeline:
     def patches(self, ref: ImageRef) -> Patches:
         """Decode, resize, cut into patches. Raises ImageError."""
         image = decode(ref)
+        if min(image.size) < TINY_SIDE:
+            image = image.resize((TINY_SIZE, TINY_SIZE), Image.Resampling.BICUBIC)
         image = _resized(image, self._first_size(*image.size), Image.Resampling.LANCZOS)
         return self._cut(_resized(image, self._size(*image.size), self._resample))
 

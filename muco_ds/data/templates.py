@@ -2,6 +2,7 @@
 
 A turn is `user: text` answered by an assistant message that is just the pool token, or the compression tokens where a
 model has them. The template "plain" leaves the chat format out: a turn is its text and the tokens (CoMa's matching).
+"muco" is the chat format as the released MuCo code writes it, with a newline behind every picture list and every text.
 Pictures always come first. Two layouts exist, drawn per dialogue (`task.query_history`, `task.target_history`):
 
 - `history` (causal): the turns follow each other, each sees all before it;
@@ -13,6 +14,7 @@ Shape suffixes: L tokens of one dialogue, k turns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +34,8 @@ MASK = "<|mask|>"
 COMPRESSION_TOKEN = "<|ctoken_pad_{}|>"
 """Compression token number so and so, by the name that CoMa's released code gives it."""
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+TemplateName = Literal["chat", "plain", "muco"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class ChatTemplate:
         pool_token: str,
         *,
         compression_tokens: int = 0,
-        template: Literal["chat", "plain"] = "chat",
+        template: TemplateName = "chat",
     ) -> None:
         self.tokenizer = tokenizer
         self.pool_token, self.compression_tokens = pool_token, compression_tokens
@@ -70,7 +74,7 @@ class ChatTemplate:
         self.pooled_ids = self.markup("".join(tokens))
         assert len(self.pooled_ids) == len(tokens), "the tokenizer holds the pooled tokens"
         closing = "" if tokens == [END] else END
-        chat = template == "chat"
+        chat, self.newlines = template != "plain", template == "muco"
         self.opening = self.markup(f"<|im_start|>system\n{SYSTEM_PROMPT}{END}\n<|im_start|>user\n") if chat else []
         self.tail = [*(self.markup(f"{END}\n<|im_start|>assistant\n") if chat else []), *self.pooled_ids]
         self.between = self.markup(f"{closing}\n<|im_start|>user\n") if chat else []
@@ -78,8 +82,16 @@ class ChatTemplate:
         self.vision_start, self.image_pad, self.vision_end = self.markup(VISION_START + IMAGE_PAD + VISION_END)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each stripped text, special tokens not recognised."""
-        return self._encode([text.strip() for text in texts])
+        """Token ids of each stripped text, special tokens not recognised.
+
+        In the template "muco" only newlines are stripped and runs of them made one; one ends each text, which may be
+        part of its last token.
+        """
+        stripped = [text.strip() for text in texts]
+        if self.newlines:
+            lines = (re.sub("\n+", "\n", text.strip("\n")) for text in texts)
+            stripped = [f"{text}\n" if given else "" for text, given in zip(lines, stripped, strict=True)]
+        return self._encode(stripped)
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[list[int]]:
         """Token ids of each turn: a text's as `encode_texts` gives them, else its own."""
@@ -121,7 +133,8 @@ class ChatTemplate:
         """Tokens of N dialogues without rendering them: (all, of which prefix).
 
         `text_tokens_N` sums the texts of a dialogue, `vision_N` its pictures' tokens with start and end, `history_N`
-        is bool. Equals `len(render(...).ids_L)`, or one newline a turn more where a turn beside a picture has no text.
+        is bool. Equals `len(render(...).ids_L)`, or one newline a turn more where a turn beside a picture has no text
+        (and the template is not "muco", which has that newline).
         """
         prefix_N = len(self.opening) + vision_N
         newlines_N = np.where(vision_N > 0, np.where(history_N, 1, turns_N), 0) * len(self.newline)
@@ -169,7 +182,8 @@ class ChatTemplate:
         writer.text([self.vision_end])
 
     def _turn(self, text_ids: list[int], after_image: bool) -> list[int]:
-        return [*(self.newline if after_image and text_ids else []), *text_ids, *self.tail]
+        line = after_image and (text_ids or self.newlines)
+        return [*(self.newline if line else []), *text_ids, *self.tail]
 
     def markup(self, text: str) -> list[int]:
         """Token ids of a text of our own, special tokens recognised."""

@@ -25,12 +25,14 @@ from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
 from muco_ds.errors import UserError
 from muco_ds.families import reads_last_layer
 from muco_ds.losses.matryoshka import prefix
+from muco_ds.models.adapters import with_adapter
 from muco_ds.models.backbones import load_backbone
 from muco_ds.models.encode import encode_dialogues
-from muco_ds.models.folder import SETTINGS_FILE, Processing, read_settings
+from muco_ds.models.folder import SETTINGS_FILE
 from muco_ds.models.items import Item, dialogue_of
 from muco_ds.models.last_layer import LastLayer
 from muco_ds.models.liger import use_liger
+from muco_ds.models.recognise import recognise
 from muco_ds.ops import pool_normalize
 from muco_ds.ops.patches import patch_values
 
@@ -149,23 +151,34 @@ class Embedder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        base: str | None = None,
     ) -> Embedder:
-        """A model folder written by tools/convert_ckpt.py, ready to encode.
+        """A model folder, ready to encode: one written by tools/convert_ckpt.py, or a released one (`recognise`).
 
         Args:
             device: default CUDA if there is one, else CPU.
             dtype: default bf16 on CUDA, fp32 on a CPU.
+            base: folder of an adapter's backbone; default: the one that the adapter names.
         Raises:
-            UserError: a folder that is no exported model, or one with a weight missing.
+            UserError: a folder of another kind of model, or one with a weight missing.
         """
+        found = recognise(os.fspath(path), base)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        processing = Processing.load(path, read_settings(path))
-        model = load_backbone(path, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))
+        processing = found.processing()
+        model = load_backbone(found.backbone, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))
+        if found.adapter is not None:
+            model = with_adapter(model, found.adapter)
+        if not found.trained:
+            log.warning("%s: was never trained to embed: its vectors say little (see docs/training.md)", path)
         embedder = cls(model, freeze_vision=True).to(device).eval()
         use_liger(model, "auto", device)
-        embedder.packer = processing.packer()
+        embedder.packer = processing.packer(model.config)
         key = f"{os.path.join(path, SETTINGS_FILE)}: matryoshka"
         embedder.sizes = sizes_of(processing.settings.matryoshka, embedder.sizes[-1], key)
         return embedder

@@ -9,7 +9,6 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -18,7 +17,7 @@ from muco_ds.config import RunConfig
 from muco_ds.config_matryoshka import check_sizes, sizes_of
 from muco_ds.data.collator import Packer
 from muco_ds.data.images import ImageLimits, ImagePipeline
-from muco_ds.data.templates import ChatTemplate
+from muco_ds.data.templates import ChatTemplate, TemplateName
 from muco_ds.data.vision import VisionLayout
 from muco_ds.errors import UserError
 from muco_ds.models.backbones import load_config, load_image_processor, load_tokenizer
@@ -39,7 +38,7 @@ class Settings:
     short_side: int | None
     matryoshka: list[int] = field(default_factory=list)
     compression_tokens: int = 0
-    template: Literal["chat", "plain"] = "chat"
+    template: TemplateName = "chat"
 
     @classmethod
     def of_run(cls, config: RunConfig, width: int) -> Settings:

@@ -143,17 +143,17 @@ def rendered(messages: list[dict[str, Any]], **options: Any) -> str:
 @pytest.mark.parametrize("pool_token", ["<|emb|>", "<|im_end|>"])
 def test_prompts_end_with_the_compression_tokens(message: dict[str, Any], text: str, pool_token: str) -> None:
     options = {"pool_token": pool_token, "compression_tokens": 3}
-    assert rendered([message], **options, plain=True) == text + TOKENS
+    assert rendered([message], **options, template="plain") == text + TOKENS
     one = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{TOKENS}"
     assert rendered([message], **options) == CHAT + one
     assert rendered([message, message], **options) == f"{CHAT}{one}<|im_end|>\n{one}"
-    assert rendered([message, message], **options, plain=True) == (text + TOKENS) * 2
-    assert rendered([message], pool_token=pool_token, plain=True) == text + pool_token
+    assert rendered([message, message], **options, template="plain") == (text + TOKENS) * 2
+    assert rendered([message], pool_token=pool_token, template="plain") == text + pool_token
 
 
 def test_each_token_of_the_prompt_is_one_id() -> None:
     tokenizer = load_tokenizer(str(model_folder("qwen2_vl")), "<|emb|>", compression=3)
-    prompt = rendered([user("Where?")], compression_tokens=3, plain=True)
+    prompt = rendered([user("Where?")], compression_tokens=3, template="plain")
     assert tokenizer(prompt)["input_ids"][-3:] == compression_ids(tokenizer)
 
 
@@ -161,4 +161,4 @@ def test_a_system_message_has_no_place_in_a_plain_prompt() -> None:
     system = {"role": "system", "content": "Be brief."}
     assert rendered([system, user("x")], compression_tokens=3).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
     with pytest.raises(TemplateError, match="Plain prompts have no system message"):
-        rendered([system, user("x")], compression_tokens=3, plain=True)
+        rendered([system, user("x")], compression_tokens=3, template="plain")

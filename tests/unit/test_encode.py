@@ -20,7 +20,7 @@ from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.encode_plan import Piece, plan_packs
 from muco_ds.models.probe import probe_dialogues
 
-from tiny_models import OPENING, export, model_folder, pack, packer, picture, stock_embedding
+from tiny_models import OPENING, export, pack, packer, picture, stock_embedding
 
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<|emb|>"
 
@@ -239,11 +239,6 @@ def test_ranks_share_the_packs_and_every_rank_forwards_equally_often(monkeypatch
         out = encode_dialogues(model, packer(), dialogues, pack_tokens=1, device=torch.device("cpu"), shared=True)
         assert out.shape == (5, 4)
     assert forwards == [1, 1, 1, 1, 1, 0] and asked == [[1, 1], [1, 1], [1, 0]] * 2
-
-
-def test_a_folder_that_was_not_exported_is_refused() -> None:
-    with pytest.raises(UserError, match=r"muco_ds\.json.*convert_ckpt"):
-        Embedder.from_pretrained(str(model_folder("qwen2_vl")))
 
 
 def test_a_picture_that_is_but_opened_is_read_before_threads_meet_it(tmp_path: Path) -> None:

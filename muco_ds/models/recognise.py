@@ -1,0 +1,109 @@
+"""What a model folder is, from its files: one of ours, a release of MuCo or CoMa, or a backbone as it comes.
+
+A release holds no word about prompts and pooling, but its tokenizer has the tokens that it pools.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer, PretrainedConfig
+
+from muco_ds.data.templates import END
+from muco_ds.errors import UserError
+from muco_ds.models.adapters import ADAPTER_CONFIG, base_of, trained_ids
+from muco_ds.models.backbones import (
+    EMB_TOKEN,
+    compression_ids,
+    load_config,
+    load_image_processor,
+    load_tokenizer,
+    new_rows,
+)
+from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_settings
+
+MUCO_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
+COMA_PIXELS = (256 * 28 * 28, 1024 * 28 * 28)
+"""Smallest and largest pictures: defaults of the released programs, which do not look at the folder's."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A model folder.
+
+    Args:
+        backbone: folder of the weights and their configuration.
+        adapter: folder of an adapter to these weights, if that is what the model is.
+        tokens: folder of the tokenizer.
+        images: folder of the image processor's settings.
+        trained: the model was trained to embed.
+    """
+
+    settings: Settings
+    backbone: str
+    adapter: str | None
+    tokens: str
+    images: str
+    trained: bool = True
+
+    def processing(self) -> Processing:
+        """Raises UserError: a tokenizer or image processor that does not load."""
+        settings = self.settings
+        tokenizer = load_tokenizer(self.tokens, settings.pool_token, compression=settings.compression_tokens)
+        ids = [] if self.adapter is None else trained_ids(self.adapter)
+        if other := sorted(set(ids) - set(new_rows(tokenizer))):
+            raise UserError(
+                f"'{self.adapter}' trained row {other[0]} of the vocabulary, which is no embedding token in the "
+                f"tokenizer of '{self.tokens}': copy the tokenizer of its training beside the adapter"
+            )
+        return Processing(tokenizer, load_image_processor(self.images), settings, self.backbone)
+
+
+def recognise(path: str, base: str | None = None) -> Recognised:
+    """The model in a folder.
+
+    Args:
+        base: folder of the backbone of an adapter, where it is not the one that the adapter names.
+    Raises:
+        UserError: no folder of a supported model, an adapter without its backbone, or no token that could be pooled.
+    """
+    if not os.path.isdir(path):
+        raise UserError(
+            f"'{path}' is no folder: give a model's folder (one of the hub is fetched once with "
+            "`hf download NAME --local-dir FOLDER`)"
+        )
+    adapter = os.path.isfile(os.path.join(path, ADAPTER_CONFIG))
+    if base is not None and not adapter:
+        raise UserError(f"'{path}' holds no {ADAPTER_CONFIG}: it is no adapter, leave its base out")
+    backbone = base_of(path, base) if adapter else path
+    config = load_config(backbone)
+    tokens, images = (
+        path if os.path.isfile(os.path.join(path, file)) else backbone
+        for file in ("tokenizer_config.json", "preprocessor_config.json")
+    )
+    settings, trained = _settings(path, adapter, tokens, images, config)
+    return Recognised(settings, backbone, path if adapter else None, tokens, images, trained)
+
+
+def _settings(path: str, adapter: bool, tokens: str, images: str, config: PretrainedConfig) -> tuple[Settings, bool]:
+    """Settings, and whether the model was trained to embed."""
+    if os.path.isfile(os.path.join(path, SETTINGS_FILE)):
+        return read_settings(path), True
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(tokens)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{tokens}' holds no tokenizer that loads: copy its tokenizer files") from error
+    vocabulary = tokenizer.get_vocab()
+    if compressed := len(compression_ids(tokenizer)):
+        return Settings(EMB_TOKEN, *COMA_PIXELS, None, compression_tokens=compressed, template="plain"), True
+    if EMB_TOKEN in vocabulary or (adapter and trained_ids(path)):
+        return Settings(EMB_TOKEN, *MUCO_PIXELS, None, template="muco"), True
+    if adapter or END not in vocabulary:
+        raise UserError(
+            f"'{path}' holds no {SETTINGS_FILE}, and its tokenizer has neither {EMB_TOKEN} nor compression tokens: "
+            f"how this {config.model_type} {'adapter' if adapter else 'model'} pools is not known"
+        )
+    size = load_image_processor(images).size
+    return Settings(END, int(size["shortest_edge"]), int(size["longest_edge"]), None), False
