@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from muco_ds.config_matryoshka import sizes_of
 from muco_ds.data.collator import Packer
-from muco_ds.data.decode import StoredPicture
-from muco_ds.data.schema import Dialogue, ImageRef, PackedBatch
+from muco_ds.data.schema import Dialogue, PackedBatch
+from muco_ds.distributed import env
 from muco_ds.errors import UserError
 from muco_ds.families import reads_last_layer
 from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.adapters import with_adapter
 from muco_ds.models.backbones import load_backbone
-from muco_ds.models.encode import encode_dialogues
+from muco_ds.models.encode import encode_windows, windows_of
 from muco_ds.models.folder import SETTINGS_FILE
-from muco_ds.models.items import Item, dialogue_of
+from muco_ds.models.items import Item, Picture, asked, dialogues_of
 from muco_ds.models.last_layer import LastLayer
 from muco_ds.models.liger import use_liger
 from muco_ds.models.recognise import recognise
@@ -174,7 +174,7 @@ class Embedder(nn.Module):
         model = load_backbone(found.backbone, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))
         if found.adapter is not None:
             model = with_adapter(model, found.adapter)
-        if not found.trained:
+        if not found.trained and env.is_main():
             log.warning("%s: was never trained to embed: its vectors say little (see docs/training.md)", path)
         embedder = cls(model, freeze_vision=True).to(device).eval()
         use_liger(model, "auto", device)
@@ -184,13 +184,21 @@ class Embedder(nn.Module):
         return embedder
 
     def encode(
-        self, items: Sequence[Item], *, pack_tokens: int | None = None, progress: bool = False, dim: int | None = None
+        self,
+        items: Iterable[Item],
+        *,
+        instruction: str | None = None,
+        pack_tokens: int | None = None,
+        progress: bool = False,
+        dim: int | None = None,
     ) -> np.ndarray:
         """Embeddings of the items in their order, float32 [N, D], unit length.
 
-        Items with the same picture (path or object) share it: seven questions about one cost about one picture.
+        Items with the same picture (path or object) share it: seven questions about one cost about one picture. An
+        iterator is read a few thousand items ahead.
 
         Args:
+            instruction: put before the text of every item without its own.
             pack_tokens: token budget of one forward; default: 16384 on a GPU, 2048 on a CPU.
             dim: the first `dim` components alone, at unit length again, [N, dim]: good where the model was trained for
                 that size (`sizes`, `loss.matryoshka`), of lower quality elsewhere.
@@ -198,17 +206,16 @@ class Embedder(nn.Module):
             UserError: an item of another type or without content, a picture that does not decode, a `dim` below 1 or
                 above D.
         """
-        return self._encode(
-            [dialogue_of(item, f"item {i}") for i, item in enumerate(items)], pack_tokens, progress, dim
-        )
+        total = len(items) if isinstance(items, Sized) else None
+        return self._encode(dialogues_of(items, instruction), total, pack_tokens, progress, dim)
 
     def encode_turns(
-        self, image: ImageRef | Sequence[ImageRef], questions: Sequence[str], *, dim: int | None = None
+        self, image: Picture | Sequence[Picture], questions: Sequence[str], *, dim: int | None = None
     ) -> np.ndarray:
         """Embeddings of several questions about one picture (or several seen together), float32 [k, D]; it is encoded
-        once. `dim`: see `encode`."""
-        images = (image,) if isinstance(image, (str, StoredPicture, Image.Image)) else tuple(image)
-        return self._encode([Dialogue(tuple(questions), images)], pack_tokens=None, progress=False, dim=dim)
+        once. `dim`: see `encode`. Raises UserError as that does."""
+        dialogues = [asked(image, questions)] if questions else []
+        return self._encode(dialogues, total=None, pack_tokens=None, progress=False, dim=dim)
 
     def check_dim(self, dim: int | None) -> int:
         """`dim`, or the whole embedding's. Raises UserError for one that embeddings do not have."""
@@ -220,18 +227,28 @@ class Embedder(nn.Module):
         return dim
 
     def _encode(
-        self, dialogues: list[Dialogue], pack_tokens: int | None, progress: bool, dim: int | None
+        self,
+        dialogues: Iterable[Dialogue],
+        total: int | None,
+        pack_tokens: int | None,
+        progress: bool,
+        dim: int | None,
     ) -> np.ndarray:
         assert self.packer is not None, "an Embedder encodes after from_pretrained"
         dim = self.check_dim(dim)
-        if not any(dialogue.turns for dialogue in dialogues):
-            return np.zeros((0, dim), np.float32)
         device = next(self.parameters()).device
-        description = "encoding" if progress else None
-        emb_ND = encode_dialogues(
-            self, self.packer, dialogues, pack_tokens=pack_tokens, device=device, shared=False, progress=description
-        )
-        return prefix(emb_ND, dim).numpy()
+        with tqdm(total=total, desc="encoding", unit="row", disable=not (progress and env.is_main())) as bar:
+            parts = encode_windows(
+                self,
+                self.packer,
+                windows_of(dialogues),
+                pack_tokens=pack_tokens,
+                device=device,
+                shared=False,
+                progress=bar,
+            )
+            found = [prefix(part_ND, dim) for part_ND in parts]
+        return torch.cat([torch.zeros(0, dim), *found]).numpy()
 
     def forward(self, batch: PackedBatch, kept: KeptVision | None = None) -> torch.Tensor:
         """Embeddings of every pooled row of a pack, [E, D] float32, unit length.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -81,6 +82,13 @@ def encode_dialogues(
             progress=bar,
         )
         return torch.cat(list(parts))
+
+
+def windows_of(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
+    """As many as one rank plans at a time, until there are none."""
+    source = iter(dialogues)
+    while window := list(islice(source, WINDOW_DIALOGUES)):
+        yield window
 
 
 def encode_windows(

@@ -163,8 +163,8 @@ def test_a_mistake_on_one_machine_is_not_silent(demo: Demo, programs: Programs, 
 @pytest.mark.parametrize(
     ("model", "data", "words"),
     [
-        ("{empty}", "{data}/test.parquet", ("muco_ds.json", "tools/convert_ckpt.py")),
-        ("{model}", "{data}/test.parquet", ("muco_ds.json", "tools/convert_ckpt.py")),
+        ("{empty}", "{data}/test.parquet", ("holds no config.json", "model folder")),
+        ("{empty}/absent", "{data}/test.parquet", ("is no folder", "hf download")),
         ("{model}", "{data}/nowhere.parquet", ("--data", "nowhere.parquet", "give")),
     ],
 )

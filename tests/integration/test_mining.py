@@ -75,7 +75,7 @@ def test_a_signal_leaves_what_was_there(demo: Demo, model: Path, programs: Progr
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--model", "absent"], "'absent' holds no muco_ds.json: give a folder written by tools/convert_ckpt.py"),
+        (["--model", "absent"], "'absent' is no folder: give a model's folder"),
         (["--output", "{there}"], "exists: give --overwrite"),
         (["--output", "mined"], "end it in .parquet"),
         (["--negatives", "0"], "--negatives 0"),

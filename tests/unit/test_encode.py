@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def alone(text: str, *pictures: Any) -> np.ndarray:
 
 def test_items_of_every_kind_keep_their_order(model: Embedder, file: Path) -> None:
     one, two = picture(1), picture(2, 140, 84)
+    grey = one.convert("L").convert("RGB")
     cases: list[tuple[Any, np.ndarray]] = [
         ("a red star", alone("a red star")),
         (one, alone("", one)),
@@ -55,6 +57,10 @@ def test_items_of_every_kind_keep_their_order(model: Embedder, file: Path) -> No
         ({"instruction": "Describe it.", "image": two}, alone("Describe it.", two)),
         ({"text": "  a red star\n"}, alone("a red star")),
         ({"text": "a red star", "image": None}, alone("a red star")),
+        (file, alone("", one)),
+        (np.asarray(two), alone("", two)),
+        ({"image": [np.asarray(one.convert("L")), file], "text": "Compare."}, alone("Compare.", grey, one)),
+        ({"image": np.asarray(two.convert("RGBA")), "text": "Find it."}, alone("Find it.", two)),
     ]
     want_ND = np.stack([want for _, want in cases])
     for pack_tokens in (1, 100, 16384):  # each by itself, a few in a pack, all in one
@@ -84,6 +90,8 @@ def test_questions_about_one_picture_equal_each_by_itself(model: Embedder) -> No
 def test_no_items_give_no_rows(model: Embedder) -> None:
     empty = model.encode([])
     assert empty.shape == (0, 96) and empty.dtype == np.float32
+    assert model.encode(iter([]), dim=8).shape == (0, 8)
+    assert model.encode_turns(picture(3), []).shape == (0, 96)
     assert model.encode_turns(picture(3), ["a"]).shape == (1, 96)
 
 
@@ -182,7 +190,11 @@ def test_every_turn_gives_a_row_in_order_whatever_the_packs(model: Embedder) -> 
         ("", "neither text nor picture"),
         ({"text": " ", "instruction": ""}, "neither text nor picture"),
         ({"image": []}, "neither text nor picture"),
-        ({"image": 5}, "'image' must be"),
+        ({"image": 5}, "'image' must be a path, a picture, an array or a list of them, not int"),
+        (np.zeros((9, 9, 3), np.float32), r"an array of float32 \[9, 9, 3\] is no picture: give uint8"),
+        ({"image": np.zeros((3, 9, 9), np.uint8)}, r"an array of uint8 \[3, 9, 9\] is no picture"),
+        (np.zeros((0, 9, 3), np.uint8), "is no picture"),
+        (np.zeros((2, 9, 9, 3), np.uint8), "is no picture"),
         ({"image": [picture(1), None]}, "'image' must be"),
         ({"text": 5}, "'text' and 'instruction' must be strings"),
         ({"instruction": ["a"], "text": "b"}, "'text' and 'instruction' must be strings"),
@@ -191,6 +203,62 @@ def test_every_turn_gives_a_row_in_order_whatever_the_packs(model: Embedder) -> 
 def test_bad_items_name_their_position(model: Embedder, item: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"item 1: .*{message}"):
         model.encode(["fine", item])
+
+
+@pytest.mark.parametrize("items", ["a dog", {"text": "a dog"}, picture(1), np.zeros((9, 9, 3), np.uint8), Path("a"), 5])
+def test_one_item_is_no_list_of_items(model: Embedder, items: Any) -> None:
+    with pytest.raises(UserError, match=r"items: a \w+ is no list of items"):
+        model.encode(items)
+
+
+def test_bad_questions_and_instructions_are_refused(model: Embedder) -> None:
+    for questions in ("What?", ["What?", 5]):
+        with pytest.raises(UserError, match="questions: must be a list of strings"):
+            model.encode_turns(picture(1), questions)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="questions: one has neither text nor picture"):
+        model.encode_turns([], ["What?", " "])
+    with pytest.raises(UserError, match="image must be a path"):
+        model.encode_turns([picture(1), 5], ["What?"])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="instruction: must be a string"):
+        model.encode(["a"], instruction=["b"])  # type: ignore[arg-type]
+
+
+def test_an_instruction_goes_to_items_without_their_own(model: Embedder) -> None:
+    items: list[Any] = ["a", {"text": "b", "instruction": "Own."}, {"text": "c", "instruction": ""}, picture(1)]
+    got_ND = model.encode(items, instruction="Find it.")
+    want_ND = np.stack([alone("Find it.\na"), alone("Own.\nb"), alone("c"), alone("Find it.", picture(1))])
+    np.testing.assert_allclose(got_ND, want_ND, atol=1e-5, rtol=0)
+
+
+def test_an_iterator_is_read_as_it_is_needed(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By windows, and a buffer that its owner fills anew is encoded as it was when it was given."""
+    frames = [np.asarray(picture(i)) for i in range(16)]
+    want_ND = model.encode(frames)
+    monkeypatch.setattr(encode, "WINDOW_DIALOGUES", 2)
+    buffer = np.empty_like(frames[0])
+    read, encoded, ahead = [0], [0], [0]
+
+    def items() -> Iterator[np.ndarray]:
+        for frame in frames:
+            read[0] += 1
+            ahead[0] = max(ahead[0], read[0] - encoded[0])
+            buffer[:] = frame
+            yield buffer
+
+    hook = model.register_forward_hook(lambda *_: encoded.__setitem__(0, encoded[0] + 1))
+    got_ND = model.encode(items(), pack_tokens=1)
+    hook.remove()
+    np.testing.assert_allclose(got_ND, want_ND, atol=2e-6, rtol=0)
+    assert read == encoded == [16] and ahead[0] < 12
+
+
+def test_the_bar_counts_items(model: Embedder, capsys: pytest.CaptureFixture[str]) -> None:
+    model.encode(["a", "b"], progress=True)
+    assert "2/2" in capsys.readouterr().err
+    model.encode(iter(["a", "b"]), progress=True)
+    assert "2row" in capsys.readouterr().err
+    model.encode(["a", "b"])
+    assert not capsys.readouterr().err
 
 
 def test_unusable_pictures_are_named(model: Embedder, file: Path, tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_options_are_checked(run: Run, tmp_path: Path, capsys: pytest.CaptureFix
         (("--output", tmp_path), "holds other files"),
         (("--format", "parquet"), "is for a folder"),
         (("--pack_tokens", "0"), "at least 1"),
-        (("--model", tmp_path), "convert_ckpt"),
+        (("--model", tmp_path), "no config.json"),
         (("--input", tmp_path / "absent.jsonl"), "no jsonl or parquet file"),
         (("--dim", "97"), "give 1 to 96"),
     ):
