@@ -26,6 +26,7 @@ from muco_ds.errors import UserError
 from muco_ds.export_adapter import Adapter, Weight, stored_weight
 from muco_ds.export_st import read_json, write_json, write_processing, write_sentence_transformers
 from muco_ds.families import FAMILIES
+from muco_ds.model_card import find_scores, model_card
 from muco_ds.models.adapters import with_adapter
 from muco_ds.models.backbones import load_backbone, load_config
 from muco_ds.models.embedder import Embedder
@@ -73,6 +74,7 @@ def export_checkpoint(
     overwrite: bool = False,
     merge_lora: bool = True,
     base: str | None = None,
+    scores: Path | None = None,
     max_shard: str = MAX_SHARD,
     progress: bool = True,
 ) -> Exported:
@@ -86,34 +88,34 @@ def export_checkpoint(
         dtype: "bf16" or "fp32"; default the run's precision. The fp32 master weights are rounded once.
         merge_lora: an adapter is added to its backbone's weights; else `out` is the adapter alone, for peft.
         base: the backbone of an adapter, if it is not any more where it was in training.
+        scores: results.json of an evaluation, for the model card; default: those in the run's folder (`find_scores`).
         max_shard: largest safetensors file, such as "4GB".
     Raises:
-        UserError: no complete checkpoint, a weight that is missing, embeddings that differ, `out` in use; an adapter of
-            another model, or none to write alone.
+        UserError: no complete checkpoint, a weight that is missing, embeddings that differ, `out` in use, `scores` that
+            are none; an adapter of another model, or none to write alone.
     """
-    checkpoint = find_checkpoint(checkpoint)
     _check_free(out, overwrite)
-    meta = read_meta(checkpoint)
+    checkpoint = find_checkpoint(checkpoint)
+    meta, found = read_meta(checkpoint), find_scores(checkpoint, scores)
     dtype = dtype or meta["config"]["run"]["precision"]
     config = load_config(str(checkpoint / "hf"))
     weights, adapter = _stock_weights(checkpoint, meta, config, base)
     if adapter is None and not merge_lora:
         raise UserError(f"{checkpoint}: holds a whole model, no adapter: leave out --no-merge_lora")
 
-    settings = read_settings(str(checkpoint / "hf"))
-    work = out.with_name(out.name + ".partial")
+    settings, work = read_settings(str(checkpoint / "hf")), out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(checkpoint / "hf", work)
-        if adapter is not None and not merge_lora:
+        alone = None if merge_lora else adapter
+        (work / "README.md").write_text(model_card(config, settings, meta, found, adapter=alone is not None), "utf-8")
+        if alone is not None:
             (work / "config.json").unlink()  # it is no model by itself
-            adapter.write(work, config, DTYPES[dtype])
-            embedder = _adapted(adapter.base, work, settings, DTYPES[dtype])
+            alone.write(work, config, DTYPES[dtype])
+            embedder = _adapted(alone.base, work, settings, DTYPES[dtype])
         else:
-            _write_config(work, config, DTYPES[dtype])
-            write_processing(work, settings, config.model_type)
-            write_sentence_transformers(work, config.text_config.hidden_size, settings)
+            _write_stock(work, settings, config, DTYPES[dtype])
             write_weights(work, weights, DTYPES[dtype], max_shard, progress)
             embedder = Embedder.from_pretrained(str(work), dtype=DTYPES[dtype])
         difference, tolerance = _verify(embedder, checkpoint, meta, dtype)
@@ -280,7 +282,10 @@ def write_weights(folder: Path, weights: dict[str, Weight], dtype: torch.dtype, 
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
+def _write_stock(folder: Path, settings: Settings, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """What stock classes and sentence-transformers read beside the weights."""
+    write_processing(folder, settings, config.model_type)
+    write_sentence_transformers(folder, config.text_config.hidden_size, settings)
     raw = read_json(folder / "config.json")
     raw["architectures"] = [FAMILIES[config.model_type].model.__name__]
     for section in (raw, raw["text_config"], raw["vision_config"]):

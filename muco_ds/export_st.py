@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +133,7 @@ def write_sentence_transformers(folder: Path, dimension: int, settings: Settings
     It has no field for the sizes a model was trained for: they stand in the model card, for people to pass
     `truncate_dim`. A compressed model brings its own pooling module, which people allow by `trust_remote_code=True`.
     """
-    sizes, compression_tokens = settings.matryoshka, settings.compression_tokens
-    if sizes or compression_tokens:
-        (folder / "README.md").write_text(_model_card(sizes, compression_tokens), encoding="utf-8")
+    compression_tokens = settings.compression_tokens
     pooling_type = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
     pooling: dict[str, Any] = {"embedding_dimension": dimension}
     if compression_tokens:
@@ -173,49 +170,6 @@ def write_sentence_transformers(folder: Path, dimension: int, settings: Settings
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, content)
-
-
-def _model_card(sizes: Sequence[int], compression_tokens: int) -> str:
-    """README.md: what people must know to use the model, if it has several sizes or compression tokens."""
-    tags = [*["matryoshka"] * bool(sizes), *["custom_code"] * bool(compression_tokens)]
-    trust = ", trust_remote_code=True" if compression_tokens else ""
-    head = ["---", "library_name: sentence-transformers", "pipeline_tag: feature-extraction", "tags:"]
-    parts = ["\n".join([*head, *(f"- {tag}" for tag in ("sentence-transformers", *tags)), "---\n"])]
-    if compression_tokens:
-        parts.append(_COMPRESSION.format(tokens=compression_tokens))
-    if sizes:
-        parts.append(_SIZES.format(sizes=", ".join(map(str, sizes)), smallest=sizes[0], trust=trust))
-    return "\n".join(parts)
-
-
-_COMPRESSION = f"""# Embeddings of {{tokens}} compression tokens
-
-The embedding of a text, a picture or both is the mean of the states of the {{tokens}} tokens that the chat template
-puts behind them (CoMa, arXiv 2511.08480), at unit length. The two give the same vectors:
-
-```python
-SentenceTransformer(PATH, trust_remote_code=True).encode(items)
-muco_ds.Embedder.from_pretrained(PATH).encode(items)
-```
-
-sentence-transformers has no such pooling, so it stands in `{_POOLING}.py` in this folder. Without
-`trust_remote_code=True` the model is refused: it "references the module class '{_POOLING}.CompressionPooling', which is
-not part of Sentence Transformers".
-"""
-
-_SIZES = """# Sizes of the embeddings
-
-Trained as Matryoshka embeddings (arXiv 2205.13147) of {sizes} components: cut to one of these
-sizes they are embeddings as well. The two give the same vectors:
-
-```python
-SentenceTransformer(PATH, truncate_dim={smallest}{trust}).encode(items, normalize_embeddings=True)
-muco_ds.Embedder.from_pretrained(PATH).encode(items, dim={smallest})
-```
-
-Without `normalize_embeddings=True` sentence-transformers gives the leading components of the whole embedding, which are
-shorter than unit length: cosines, as of `SentenceTransformer.similarity`, are the same, inner products are not.
-"""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 """Convert a training checkpoint into a Hugging Face model folder.
 
     python tools/convert_ckpt.py CHECKPOINT OUT [--dtype bf16|fp32] [--overwrite] [--no-merge_lora] [--base DIR]
+        [--scores results.json]
 
 CHECKPOINT is runs/NAME/checkpoints/step_..., or runs/NAME for its newest complete one. OUT loads with
 transformers.AutoModel and AutoProcessor, SentenceTransformer and muco_ds.Embedder; it is there only after it was loaded
-again and gave the embeddings of the trained model. An adapter (model.lora) is added to its backbone's weights; with
+again and gave the embeddings of the trained model. Its README.md is a model card: recipe, data, scores, and how to use
+it. An adapter (model.lora) is added to its backbone's weights; with
 --no-merge_lora OUT is the adapter alone, for peft.PeftModel.from_pretrained(BACKBONE, OUT).
 """
 
@@ -32,6 +34,12 @@ def parse_args() -> argparse.Namespace:
         help="add an adapter to its backbone's weights (default), or write it alone in peft's format",
     )
     parser.add_argument("--base", metavar="DIR", help="backbone of an adapter (default: model.path of the run)")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="results.json for the model card (default: those in the run's folder)",
+    )
     return parser.parse_args()
 
 
@@ -48,6 +56,7 @@ def main() -> int:
         overwrite=args.overwrite,
         merge_lora=args.merge_lora,
         base=args.base,
+        scores=args.scores,
     )
     if exported.settings.short_side is not None:
         print(

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from muco_ds.data.collator import Packer
@@ -31,6 +31,9 @@ from muco_ds.models.encode_plan import Piece, Plan, plan_packs
 
 WINDOW_DIALOGUES = 8192
 """Dialogues a rank plans at a time: enough to sort by length, few enough for their tokens to lie in memory."""
+
+WINDOW_PIXELS = 2**28
+"""Pixels of decoded pictures in a window that is read from an iterator: 0.8 GB, and two or three windows are alive."""
 
 PACK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Token budget of a pack where none is given (docs/log.md)."""
@@ -85,9 +88,16 @@ def encode_dialogues(
 
 
 def windows_of(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
-    """As many as one rank plans at a time, until there are none."""
-    source = iter(dialogues)
-    while window := list(islice(source, WINDOW_DIALOGUES)):
+    """As many as one rank plans at a time, or fewer where their pictures are decoded already, until there are none."""
+    window: list[Dialogue] = []
+    pixels = 0
+    for dialogue in dialogues:
+        window.append(dialogue)
+        pixels += sum(image.width * image.height for image in dialogue.images if isinstance(image, Image.Image))
+        if len(window) == WINDOW_DIALOGUES or pixels >= WINDOW_PIXELS:
+            yield window
+            window, pixels = [], 0
+    if window:
         yield window
 
 

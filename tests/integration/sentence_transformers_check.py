@@ -4,11 +4,13 @@ A program of its own because torchvision must be prepared before transformers is
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import numpy as np
 import torch
 
 from torchvision_operators import prepare_torchvision
@@ -22,7 +24,6 @@ def main() -> None:
 
 
 def compare(path: str) -> dict[str, object]:
-    import numpy as np
     from PIL import Image
     from sentence_transformers import SentenceTransformer
     from transformers import AutoProcessor
@@ -68,6 +69,7 @@ def compare(path: str) -> dict[str, object]:
     whole = [item for items in batches.values() for item in items]
     stock_ND = stock_embeddings(path, processor, whole, len(embedder.packer.template.pooled_ids))
     result["transformers"] = difference(stock_ND, embedder.encode(whole))
+    result |= card_differences(path)
     ids_equal = []
     for pictures, text in (([], "Where?"), ([a], ""), ([b], "What is it?"), ([a, resized[0]], "Which?")):
         content = [{"type": "text", "text": text}, *({"type": "image", "image": image} for image in pictures)]
@@ -101,7 +103,24 @@ def stock_embeddings(path, processor, items, pooled: int):  # type: ignore[no-un
     return torch.nn.functional.normalize(torch.stack(rows), dim=1).numpy()
 
 
-def difference(one_ND, other_ND) -> float:  # type: ignore[no-untyped-def]
+def card_differences(path: str) -> dict[str, float]:
+    """What the model card's programs make, run in the folder, against the first one's."""
+    import os
+
+    card = (Path(path) / "README.md").read_text()
+    found = []
+    here = os.getcwd()
+    os.chdir(path)
+    for program in re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL):
+        names: dict[str, object] = {}
+        exec(program, names)
+        found.append(np.asarray(names["embeddings"]))
+    os.chdir(here)
+    assert len(found) == 3, "the card has a program each for Embedder, sentence-transformers and transformers"
+    return {f"program {i} of the card": difference(found[0], other) for i, other in enumerate(found[1:], 1)}
+
+
+def difference(one_ND: np.ndarray, other_ND: np.ndarray) -> float:
     assert one_ND.shape == other_ND.shape
     return float(abs(one_ND - other_ND).max())
 

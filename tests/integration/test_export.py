@@ -257,7 +257,8 @@ def test_sentence_transformers_gives_the_same_embeddings(exported: Exported) -> 
 
 
 def check_sentence_transformers(folders: list[Path]) -> None:
-    """Texts, pictures, both and mixed batches through SentenceTransformer and AutoProcessor, against Embedder."""
+    """Every kind of input through SentenceTransformer and stock transformers, and the model card's programs, against
+    Embedder."""
     apart = Path(sys.prefix) / "torchvision-only"
     if not apart.is_dir() and importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed: stock processors of these models need it")

@@ -15,6 +15,7 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from muco_ds.export_st import chat_template, write_sentence_transformers
+from muco_ds.model_card_snippets import COMPRESSION
 from muco_ds.models.backbones import compression_ids, load_tokenizer
 
 from tiny_models import model_folder, settings
@@ -95,20 +96,15 @@ def test_the_folder_is_enough_if_its_code_is_trusted(tmp_path: Path) -> None:
     refusal = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "Please pass the argument `trust_remote_code=True`" in refusal[-1]
     said = "references the module class 'compression_pooling.CompressionPooling', which is not part of"
-    assert said in refusal[-2] and said in " ".join((folder / "README.md").read_text().split())
+    assert said in refusal[-2] and said in " ".join(COMPRESSION.split())
 
 
-def test_the_card_has_the_parts_that_apply(tmp_path: Path) -> None:
-    parts = ("of 4 compression tokens", "of 2, 6 components")
-    for sizes, tokens in (([], 0), ([2, 6], 0), ([], 4), ([2, 6], 4)):
-        folder = tmp_path / f"{len(sizes)}_{tokens}"
+def test_compressed_models_bring_their_pooling(tmp_path: Path) -> None:
+    for tokens in (0, 4):
+        folder = tmp_path / f"{tokens}"
         folder.mkdir()
-        write_sentence_transformers(folder, 6, replace(settings(), matryoshka=sizes, compression_tokens=tokens))
+        write_sentence_transformers(folder, 6, replace(settings(), compression_tokens=tokens))
         assert (folder / "compression_pooling.py").exists() == (tokens > 0)
-        card = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
-        assert [part in card for part in parts] == [tokens > 0, bool(sizes)]
-        assert ("trust_remote_code=True" in card) == (tokens > 0)
-        assert ("truncate_dim=2, trust_remote_code=True" in card) == bool(sizes and tokens)
         types = [module["type"].rpartition(".")[2] for module in json.loads((folder / "modules.json").read_text())]
         assert types == ["Transformer", "CompressionPooling" if tokens else "Pooling", "Normalize"]
 

@@ -22,7 +22,6 @@ from muco_ds.errors import UserError
 from muco_ds.eval.encoder import Encoder
 from muco_ds.eval.m3t import M3TTask
 from muco_ds.eval.retrieval import rank_candidates
-from muco_ds.export_st import write_sentence_transformers
 from muco_ds.losses import RowIds, info_nce_dense
 from muco_ds.losses.matryoshka import over_sizes, prefix
 from muco_ds.memory import embedding_bytes
@@ -31,7 +30,7 @@ from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import SETTINGS_FILE, Settings, read_settings
 from muco_ds.tasks.muco import MuCoTask
 
-from tiny_models import embedder, export, packer, settings
+from tiny_models import embedder, export, packer
 
 MINIMAL = ["--run.name", "r", "--run.max_steps", "200", "--model.path", "m", "--data.train", "t", "--data.images", "i"]
 
@@ -245,12 +244,3 @@ def test_scores_of_a_size_do_not_see_the_rest() -> None:
     answer = torch.tensor([0])
     assert rank_candidates(query_1D, candidate_CD, answer).correct_Q.item()
     assert not rank_candidates(prefix(query_1D, 2), prefix(candidate_CD, 2), answer).correct_Q.item()
-
-
-def test_the_model_card_says_the_sizes(tmp_path: Path) -> None:
-    for name, sizes in (("one", []), ("several", [16, 64])):
-        (tmp_path / name).mkdir()
-        write_sentence_transformers(tmp_path / name, 64, replace(settings(), matryoshka=sizes))
-    assert not (tmp_path / "one" / "README.md").exists()
-    card = (tmp_path / "several" / "README.md").read_text()
-    assert "of 16, 64 components" in card and "truncate_dim=16" in card and "normalize_embeddings=True" in card
