@@ -39,8 +39,10 @@ setup(
         "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
         "mining": ["faiss-cpu"],
         "factory": ["httpx2", "openai>=3"],
+        "mteb": ['mteb>=2.26; python_version >= "3.11"'],
         "dev": [
             *["faiss-cpu", "httpx2", "matplotlib", "mypy", "openai>=3", "pytest", "pytest-xdist", "ruff"],
+            'mteb>=2.26; python_version >= "3.11"',
             "sentence-transformers>=6.2",
         ],
     },

@@ -102,7 +102,6 @@ def export_checkpoint(
     weights, adapter = _stock_weights(checkpoint, meta, config, base)
     if adapter is None and not merge_lora:
         raise UserError(f"{checkpoint}: holds a whole model, no adapter: leave out --no-merge_lora")
-
     settings, work = read_settings(str(checkpoint / "hf")), out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     try:
