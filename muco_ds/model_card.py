@@ -30,6 +30,7 @@ _STAGES = {
     "coma_compress": "compression alone (CoMa's first stage, arXiv 2511.08480): not trained to match anything yet",
     "coma_match": "contrastive learning after compression (CoMa, arXiv 2511.08480)",
 }
+_SCORES = ("precision@", "recall@", "ndcg@", "main_score", "loss", "perplexity")
 _COUNTS = ("queries", "candidates", "chance")
 
 
@@ -123,13 +124,15 @@ def _size(config: PretrainedConfig) -> str:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in FAMILIES[config.model_type].model(config).parameters())
     name = config.model_type.replace("_vl", "-VL").replace("qwen", "Qwen").replace("_", ".")
-    return f"A {name} of {parameters / 1e9:.2g} billion parameters"
+    size = f"{parameters / 1e9:.2g} billion" if parameters >= 1e9 else f"{parameters / 1e6:.2g} million"
+    return f"A {name} of {size} parameters"
 
 
 def _use(settings: Settings, width: int, adapter: bool) -> str:
     tokens = settings.compression_tokens
     values = {
         "WIDTH": str(width),
+        "SAME": ", but for sizes of pictures (below)" if settings.short_side is not None else "",
         "TRUST": ", trust_remote_code=True" if tokens else "",
         "POOLED": f"[-{tokens}:].mean(0)" if tokens else "[-1]",
         "PLACE": f"the last {tokens} tokens" if tokens else "the last token",
@@ -195,7 +198,7 @@ def _name(path: str) -> str:
 def _scores(results: Results) -> str:
     names = {key for entry in results.values() for key, value in entry.items() if _is_number(value)}
     counts = [name for name in _COUNTS if name in names]
-    scores = sorted(name for name in names if name.startswith(("precision@", "recall@", "ndcg@", "loss")))
+    scores = sorted(name for name in names if name.startswith(_SCORES))
     rows = [(name, *(_number(entry.get(key)) for key in [*scores, *counts])) for name, entry in results.items()]
     return _table(("", *scores, *counts), rows)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 SNIPPETS = """## Use
 
-Three ways to the same vectors (to the rounding of the number type). Run in this folder, or put its path in place of
-the dot.
+Three ways to the same vectorsSAME. Run in this folder, or put its path in place of the dot.
 
 ### muco_ds
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ from muco_ds.checkpoint import TAG
 from muco_ds.errors import UserError
 from muco_ds.export import Exported, export_checkpoint
 from muco_ds.models.backbones import canonical_name
+from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Processing, Settings, read_settings
 
 from programs import REPOSITORY, Demo, Programs, losses, metrics, refusal
@@ -166,6 +168,12 @@ def test_peft_reads_the_adapter(
     found = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in weights(merged.folder).items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    items = ["a red circle", {"image": demo.data / "images" / "test" / "00000.png", "text": "Where is it?"}]
+    one_ND, other_ND = (
+        Embedder.from_pretrained(folder, device="cpu").encode(items) for folder in (tmp_path / "adapter", merged.folder)
+    )
+    assert np.abs(one_ND - other_ND).max() < 1e-5
+    assert "base=" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

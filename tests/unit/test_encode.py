@@ -232,7 +232,7 @@ def test_an_instruction_goes_to_items_without_their_own(model: Embedder) -> None
 
 def test_an_iterator_is_read_as_it_is_needed(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """By windows, and a buffer that its owner fills anew is encoded as it was when it was given."""
-    frames = [np.asarray(picture(i)) for i in range(16)]
+    frames = [np.asarray(picture(i).convert("RGBA")) for i in range(16)]  # Pillow would share this mode's memory
     want_ND = model.encode(frames)
     monkeypatch.setattr(encode, "WINDOW_DIALOGUES", 2)
     buffer = np.empty_like(frames[0])
@@ -250,6 +250,13 @@ def test_an_iterator_is_read_as_it_is_needed(model: Embedder, monkeypatch: pytes
     hook.remove()
     np.testing.assert_allclose(got_ND, want_ND, atol=2e-6, rtol=0)
     assert read == encoded == [16] and ahead[0] < 12
+
+
+def test_a_window_holds_so_many_decoded_pixels(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    monkeypatch.setattr(encode, "WINDOW_PIXELS", 2 * 84 * 84)
+    drawn, read = Dialogue(("a",), (picture(1),)), Dialogue(("a",), (str(file),))
+    windows = encode.windows_of([drawn, read, drawn, *[read] * 5, drawn, drawn, read])
+    assert [len(window) for window in windows] == [3, 7, 1]
 
 
 def test_the_bar_counts_items(model: Embedder, capsys: pytest.CaptureFixture[str]) -> None:

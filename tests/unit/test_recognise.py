@@ -26,6 +26,7 @@ from muco_ds.errors import UserError
 from muco_ds.export_st import chat_template
 from muco_ds.models.backbones import canonical_name, load_tokenizer
 from muco_ds.models.embedder import Embedder
+from muco_ds.models.folder import Settings
 from muco_ds.models.recognise import recognise
 
 from tiny_models import export, model_folder, picture
@@ -230,7 +231,8 @@ def test_a_plain_backbone_embeds_with_one_warning(tmp_path: Path, caplog: pytest
         np.testing.assert_allclose(got_D, want_D, atol=1e-5, rtol=0)
 
 
-def test_an_exported_folder_says_itself_what_it_is(tmp_path: Path) -> None:
+def test_an_exported_folder_says_itself_what_it_is(tmp_path: Path, released: Path) -> None:
+    assert recognise(str(released)).settings == Settings("<|emb|>", *PIXELS.values(), None, template="muco")
     found = recognise(str(export(tmp_path / "model")))
     assert found.trained and found.settings.template == "chat" and found.settings.pool_token == "<|emb|>"
 
