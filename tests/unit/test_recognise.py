@@ -18,7 +18,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from muco_ds.data.templates import ChatTemplate
@@ -29,6 +34,7 @@ from muco_ds.models.embedder import Embedder
 from muco_ds.models.folder import Settings
 from muco_ds.models.recognise import recognise
 
+from tiny_folders import KINDS
 from tiny_models import export, model_folder, picture
 
 # As the released MuCo code has it, byte for byte, with the user's text in the middle.
@@ -212,8 +218,9 @@ def test_a_released_coma_folder_is_read_through_its_compression_tokens(tmp_path:
         np.testing.assert_allclose(got_D, want_D, atol=1e-5, rtol=0)
 
 
-def test_a_plain_backbone_embeds_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = Path(shutil.copytree(model_folder("qwen2_vl"), tmp_path / "Qwen2-VL"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_backbone_embeds_with_one_warning(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(shutil.copytree(model_folder(kind), tmp_path / "Qwen"))
     images = json.loads((folder / "preprocessor_config.json").read_text())
     del images["size"]
     images |= {"min_pixels": 56 * 56, "max_pixels": 140 * 140}  # as the older releases spell it
@@ -222,7 +229,7 @@ def test_a_plain_backbone_embeds_with_one_warning(tmp_path: Path, caplog: pytest
     (record,) = (record for record in caplog.records if record.name.startswith("muco_ds"))
     assert "never trained to embed" in record.message
     got_ND = embedder.encode(["a dog", {"image": TALL, "text": "Where?"}])
-    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     size = {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}
     for got_D, text, pictures in zip(got_ND, ("a dog", f"{IMAGE}\nWhere?"), ([], [TALL]), strict=True):
         # The end of an empty answer.
