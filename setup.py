@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["muco_ds", "muco_ds.*"]),
+    package_data={"muco_ds.pages": ["*.css", "*.jinja", "*.js"]},
     install_requires=[
         "torch>=2.10",  # the first with torch.nn.attention.varlen
         "deepspeed>=0.19.8",  # frozen parameters with non-reentrant checkpointing under ZeRO-3
@@ -25,6 +26,7 @@ setup(
         "accelerate",
         "datasets",
         "docstring-parser",  # jsonargparse shows the fields' descriptions in --help with it
+        "jinja2",
         "jsonargparse",
         "numpy",
         "peft",
@@ -38,12 +40,13 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
         "mining": ["faiss-cpu"],
+        "pages": ["faiss-cpu", "nicegui>=3.18"],
         "factory": ["httpx2", "openai>=3"],
         "mteb": ['mteb>=2.26; python_version >= "3.11"'],
         "dev": [
             *["faiss-cpu", "httpx2", "matplotlib", "mypy", "openai>=3", "pytest", "pytest-xdist", "ruff"],
             'mteb>=2.26; python_version >= "3.11"',
-            "sentence-transformers>=6.2",
+            *["nicegui>=3.18", "playwright", "sentence-transformers>=6.2"],
         ],
     },
 )

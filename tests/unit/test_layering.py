@@ -51,6 +51,7 @@ LEVELS = [
         "export_st",
         "model_card",
         "model_card_snippets",
+        "pages",
         "reshard",
         "resume",
     },
