@@ -22,7 +22,7 @@ for argument in "$@"; do
     fi
 done
 # Programs that run by themselves, one process each.
-single=(tests/integration/test_{build_turns,build_turns_endpoint,export,fetch_images,preflight,run_gpu}.py)
+single=(tests/integration/test_{build_turns,build_turns_endpoint,export,fetch_images,pages,preflight,run_gpu}.py)
 run_pytest tests/unit "${single[@]}" -n 2 "$@"
 # In turn: each of these starts several processes and would only wait for the others.
 run_pytest tests/distributed tests/integration tests/gpu "${single[@]/#/--ignore=}" "$@"

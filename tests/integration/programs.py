@@ -90,7 +90,8 @@ class Programs:
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
         folder.mkdir(parents=True)
-        environment = {key: value for key, value in os.environ.items() if key not in NO_LAUNCHER}
+        hidden = (*NO_LAUNCHER, "PYTEST_CURRENT_TEST")  # by which libraries take a program for a test of theirs
+        environment = {key: value for key, value in os.environ.items() if key not in hidden}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         self.environment = environment
         with open(folder / "server.log", "w") as log:

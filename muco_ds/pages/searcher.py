@@ -1,0 +1,104 @@
+"""Queries to hits: a model that embeds what is asked, and the collection that is searched.
+
+Shape suffixes: D embedding size.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from muco_ds.data.decode import ImageError
+from muco_ds.errors import UserError
+from muco_ds.models.embedder import Embedder
+from muco_ds.pages.collection import Collection, Hit
+
+SAME = 0.9
+"""Cosine above which an embedding is the one that was stored; bf16 beside fp32 stays above 0.99."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked, in words, by a picture or both."""
+
+    text: str = ""
+    picture: Image.Image | None = None
+    instruction: str = ""
+
+    def item(self) -> dict[str, Any]:
+        """What `Embedder.encode` takes. Raises UserError for a query without content."""
+        if not self.text.strip() and self.picture is None:
+            raise UserError("Type a question or drop a picture.")
+        item = {"text": self.text.strip(), "instruction": self.instruction.strip(), "image": self.picture}
+        return {key: value for key, value in item.items() if value}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hits, best first, and the seconds it took; `encode_s` is None where nothing was encoded."""
+
+    hits: list[Hit]
+    encode_s: float | None
+    search_s: float
+
+
+class Searcher:
+    """Thread-safe: one query is encoded at a time.
+
+    Raises:
+        UserError: the model is not the one that wrote the embeddings.
+    """
+
+    def __init__(self, embedder: Embedder, collection: Collection) -> None:
+        self._embedder, self.collection = embedder, collection
+        self._lock = threading.Lock()
+        self._dim = collection.rows.width
+        if self._dim > embedder.sizes[-1]:
+            raise UserError(
+                f"--embeddings have {self._dim} components but the model gives {embedder.sizes[-1]}: "
+                "give the --model that wrote them"
+            )
+        self._check_same()
+
+    def search(self, query: Query, count: int, *, pictured: bool | None = None) -> Answer:
+        """Encode and search. Raises UserError for a query without content."""
+        item = query.item()
+        with self._lock:  # a device's memory is sized for one forward
+            start = time.perf_counter()
+            query_D = self._embedder.encode([item], dim=self._dim)[0]
+            encode_s = time.perf_counter() - start
+        return self._nearest(query_D, count, pictured, None, encode_s)
+
+    def like(self, row: int, count: int, *, pictured: bool | None = None) -> Answer:
+        """The items nearest to one of them, without itself."""
+        return self._nearest(self.collection.embedding(row), count, pictured, row, None)
+
+    def _nearest(
+        self, query_D: np.ndarray, count: int, pictured: bool | None, without: int | None, encode_s: float | None
+    ) -> Answer:
+        start = time.perf_counter()
+        hits = self.collection.search(query_D, count, pictured=pictured, without=without)
+        return Answer(hits, encode_s, time.perf_counter() - start)
+
+    def _check_same(self) -> None:
+        """An item encoded again must be what is stored; else scores would mean nothing, and nobody would see it."""
+        row = self.collection.first_usable()
+        if row is None:
+            raise UserError("--embeddings: every row is zero: no item could be encoded")
+        dialogue = self.collection.dialogue(row)
+        place = self.collection.hit(row, 0.0).place
+        try:
+            found_D = self._embedder.encode_turns(dialogue.images, [str(dialogue.turns[0])], dim=self._dim)[0]
+        except (ImageError, UserError) as error:
+            raise UserError(f"{place}: {error}: give the --images folder of encode.py") from error
+        cosine = float(found_D @ self.collection.embedding(row))
+        if cosine < SAME:
+            raise UserError(
+                f"--embeddings: {place} has another embedding by this model (cosine {cosine:.2f}): "
+                "give the --model, --input and --images that they were made with"
+            )
