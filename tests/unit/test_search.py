@@ -125,6 +125,14 @@ def test_embeddings_that_collapsed_score_zero(width: int, candidates: int) -> No
     assert (found.better_Q[width] == 5).all()
 
 
+def test_scores_that_differ_by_rounding_are_equal() -> None:
+    target_CD = np.array([[1, 0], [1, -2.5e-7], [1, -1e-3]], np.float32)
+    found = find_answers(
+        torch.tensor([[0.6, 0.8]]), InMemory(target_CD), Answers(*np.array([[0], [0]])), 3, [2], device=CPU
+    )
+    assert found.better_Q[2].tolist() == [1]
+
+
 def test_rows_of_zeros_are_counted_and_rank_by_their_score() -> None:
     target_CD = np.array([[0, 0], [-1, 0], [1, 0], [0, 0]], np.float16)
     answers = Answers(np.array([0, 1]), np.array([1, 2]))
