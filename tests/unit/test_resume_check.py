@@ -33,6 +33,11 @@ FREE = {
     *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
     *("validation.every", "validation.rows", "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "log.every"),
     *("optim.lr", "optim.max_skipped", "loss.key_exchange"),
+    *(
+        f"evaluation.{suite}.{key}"
+        for suite in ("m3t", "mmeb", "mbeir")
+        for key in ("every", "data", "images", "datasets", "rows", "seconds")
+    ),
 }
 BOUND = {
     *("run.name", "run.seed", "run.precision", "model.path", "model.pool_token", "model.freeze_vision"),
