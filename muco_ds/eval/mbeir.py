@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,22 @@ class MBEIRSuite:
         self.root, self.limit, self.seed = root, rows, seed
         self.images = os.path.realpath(images or root)
         self.pools = Pools(root, self.images)
+        if not root.is_dir():
+            raise UserError(f"--data: no such folder '{root}': give the one that holds query, cand_pool and qrels")
         if rows is not None and pool != "local":
             raise UserError(f"--rows: a part of the union pool says nothing: leave --pool {pool} out")
         cells = _chosen(datasets)
         local = [cell.name for cell in cells] if pool != "union" else []
         union = [cell.name + UNION for cell in cells] if pool != "local" else []
         self.datasets = local + union
-        missing = [path for path in self._all_files() if not path.exists()]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"--data: '{missing[0]}'{more} missing: download it, or name with --datasets what is there")
+        missing = {name: [path for path in self._files(name) if not path.exists()] for name in self.datasets}
+        if any(missing.values()):
+            paths = list(dict.fromkeys(path for of_name in missing.values() for path in of_name))
+            more = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
+            spoilt = {name.removesuffix(UNION) for name, of_name in missing.items() if of_name}
+            complete = [cell.name for cell in cells if cell.name not in spoilt]
+            cure = f"name what is there with --datasets {' '.join(complete)}" if complete else "download it"
+            raise UserError(f"--data: '{paths[0]}'{more} missing: {cure}")
 
     def identity(self, dataset: str) -> Any:
         facts = [[str(path.parent), *file_facts(path)] for path in self._files(dataset)]
@@ -194,14 +201,15 @@ class MBEIRSuite:
         pools = self.pools.union_paths(_POOL_NAMES) if union else [self.pools.local_path(cell.pool)]
         return [queries, relevance, self._instructions, *pools]
 
-    def _all_files(self) -> list[Path]:
-        return list(dict.fromkeys(path for dataset in self.datasets for path in self._files(dataset)))
+    @cached_property
+    def _union(self) -> Pool:
+        return self.pools.union(_POOL_NAMES)
 
     def _prepared(self, dataset: str) -> tuple[Asked, Pool]:
         cell = Cell(dataset.removesuffix(UNION))
         query_path, relevance_path, *_ = self._files(dataset)
         queries = read_queries(query_path, self.images, self.limit)
-        pool = self.pools.union(_POOL_NAMES) if dataset.endswith(UNION) else self.pools.local(cell.pool)
+        pool = self._union if dataset.endswith(UNION) else self.pools.local(cell.pool)
         part = self.limit is not None
         asked = Asked.of(queries, read_relevance(relevance_path), pool.number_C, pool.path, part=part)
         if self.limit is not None:

@@ -23,7 +23,8 @@ from muco_ds.data.readers import RowError, picture_paths
 from muco_ds.data.schema import Dialogue
 from muco_ds.errors import UserError
 
-_QUERIES, _CANDIDATES = 500_000, 10_000_000  # ids of one data set, at most
+_IDS = 10_000_000
+"""Of one data set, at most. UniIR counts queries by 500,000; one rule serves both here."""
 
 
 def formatted(text: str | None) -> str:
@@ -40,21 +41,13 @@ def modality(spelling: str) -> str:
     return ",".join(sorted(part.strip() for part in spelling.split(",")))
 
 
-def query_number(qid: str) -> int:
-    """ "4:17" -> 4 * 500,000 + 17. Raises ValueError."""
-    return _number(qid, _QUERIES)
-
-
-def candidate_number(did: str | dict[str, str]) -> int:
-    """ "4:17" or {"did": "4:17"} -> 4 * 10,000,000 + 17. Raises ValueError."""
-    return _number(did["did"] if isinstance(did, dict) else did, _CANDIDATES)
-
-
-def _number(name: str, bound: int) -> int:
+def number_of(name: str | dict[str, str]) -> int:
+    """A query's or candidate's id as a number: "4:17" or {"did": "4:17"} -> 4 * 10,000,000 + 17. Raises ValueError."""
+    name = name["did"] if isinstance(name, dict) else name
     dataset, number = map(int, name.split(":"))
-    if dataset < 0 or not 0 <= number < bound:
-        raise ValueError(f"{name!r} is no id: its number is not under {bound}")
-    return dataset * bound + number
+    if dataset < 0 or not 0 <= number < _IDS:
+        raise ValueError(f"{name!r} is no id: its number is not under {_IDS}")
+    return dataset * _IDS + number
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Query:
 
     @property
     def dataset(self) -> int:
-        return self.number // _QUERIES
+        return self.number // _IDS
 
 
 def read_queries(path: Path, images: str, limit: int | None) -> list[Query]:
@@ -81,9 +74,9 @@ def read_queries(path: Path, images: str, limit: int | None) -> list[Query]:
             break
         item = _parsed(line, where)
         try:
-            number = query_number(item["qid"])
-            positives = tuple(candidate_number(did) for did in item.get("pos_cand_list") or ())
-            own = tuple(did for did in positives if did // _CANDIDATES == number // _QUERIES)
+            number = number_of(item["qid"])
+            positives = tuple(number_of(did) for did in item.get("pos_cand_list") or ())
+            own = tuple(did for did in positives if did // _IDS == number // _IDS)
             text, kind = _text(item, "query_txt"), modality(item["query_modality"])
             queries.append(Query(number, text, _images(item, "query_img_path", images), kind, own, where))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -110,7 +103,7 @@ def read_relevance(path: Path) -> Relevance:
         try:
             qid, _, did, score, *_ = line.decode().split()
             if int(score) > 0:
-                rows.append((query_number(qid), candidate_number(did), number))
+                rows.append((number_of(qid), number_of(did), number))
         except ValueError as error:
             raise UserError(f"{where}: {error}: a line is `qid 0 did 1 task`") from error
     if not rows:
@@ -165,6 +158,7 @@ class PoolFile:
                         parts.append(np.array(rows, np.int64))
                         rows = []
                         bar.update(start - bar.n)
+                bar.update(start - bar.n)
         except OSError as error:
             raise UserError(f"'{path}' can't be read ({error.strerror})") from error
         parts.append(np.array(rows, np.int64).reshape(-1, 3))
@@ -231,26 +225,28 @@ class Candidates:
         rows = hashlib.blake2b(self.row_M.tobytes(), digest_size=16).hexdigest()
         return json.dumps([self.pool.digest, self.pool.images, rows])
 
+    def name(self, line: int) -> str:
+        """A candidate, for messages."""
+        number = int(self.number_M[line])
+        return f"{self.pool.path}: candidate '{number // _IDS}:{number % _IDS}'"
+
     def dialogues(self, start: int, stop: int) -> list[Dialogue]:
         """Those of candidates start .. stop. Raises UserError, naming the candidate."""
         found = []
-        for item in self.pool.items(self.row_M[start:stop]):
+        for line, item in enumerate(self.pool.items(self.row_M[start:stop]), start):
             try:
                 text, images = formatted(_text(item, "txt")), _images(item, "img_path", self.pool.images)
             except ValueError as error:
-                raise UserError(f"{self.pool.path}: candidate {item['did']!r}: {error}") from error
+                raise UserError(f"{self.name(line)}: {error}") from error
             found.append(Dialogue((text,), images))
         return found
-
-    def name(self, line: int) -> str:
-        return f"{self.pool.path}: candidate {self.number_M[line]}"
 
 
 def _did(line: bytes, path: Path, number: int) -> int:
     where = f"{path}: line {number}"
     item = _parsed(line, where)
     try:
-        return candidate_number(item["did"])
+        return number_of(item["did"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {_said(error)}") from error
 

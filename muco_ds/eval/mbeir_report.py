@@ -20,6 +20,8 @@ UNION = "@union"
 GROUPS = ("single->single", "single->multi", "multi->single", "multi->multi")
 MEANS = (*GROUPS, "overall")
 
+POOL_TITLES = {"local": "local pools", "union": "union pool", "part": "parts of the pools"}
+
 PUBLISHED = {
     "MuCo-2B, published": (49.1, 68.2, 41.6, 64.8, 51.6),
     "MuCo-7B, published": (54.0, 71.6, 47.4, 70.4, 56.6),
@@ -65,10 +67,8 @@ def markdown(results: Mapping[str, Entry]) -> str:
 def _columns(results: Mapping[str, Entry]) -> dict[str, str]:
     """Title of a column -> how its cells' names end."""
     ends = {name.endswith(UNION) for name, entry in results.items() if "task" in entry}
-    part = any(entry["pool"] == "part" for entry in results.values())
-    return {
-        ("union pool" if end else "part of the pool" if part else "local pool"): UNION * end for end in sorted(ends)
-    }
+    overall = {end: results["overall" + (UNION if end and len(ends) > 1 else "")] for end in sorted(ends)}
+    return {POOL_TITLES[mean["pool"]]: UNION * end for end, mean in overall.items()}
 
 
 def _means(results: Mapping[str, Entry]) -> list[tuple[str, list[float | None]]]:
@@ -76,7 +76,8 @@ def _means(results: Mapping[str, Entry]) -> list[tuple[str, list[float | None]]]
     for end in ("", UNION):
         if (overall := results.get(f"overall{end}")) is not None:
             entries = [results.get(mean + end) for mean in MEANS]
-            label = f"this model, {overall['pool']} pool{'' if overall['pool'] == 'union' else 's'}"
+            some = "" if overall["cells"] == 16 else f", {overall['cells']} of 16 cells"
+            label = f"this model, {POOL_TITLES[overall['pool']]}{some}"
             found.append((label, [None if entry is None else 100 * entry[OFFICIAL] for entry in entries]))
     return found
 
@@ -92,28 +93,29 @@ def _plot(results: Mapping[str, Entry], path: Path) -> None:
     columns = _columns(results)
     _bars(cells, names, [(t, [_score(results.get(name + end)) for name in names]) for t, end in columns.items()])
     cells.set_title("recall of each cell (@5, fashion @10), %")
-    published = [(label, list(values)) for label, values in PUBLISHED.items()]
-    ours = [(label, [value or 0.0 for value in values]) for label, values in _means(results)]
-    _bars(means, list(MEANS), ours + published)
+    published: list[tuple[str, list[float | None]]] = [(label, [*values]) for label, values in PUBLISHED.items()]
+    _bars(means, list(MEANS), _means(results) + published)
     means.set_title("means over cells, %")
     figure.savefig(path, format="png", dpi=120)
     plt.close(figure)
 
 
-def _bars(axis: Any, names: list[str], series: list[tuple[str, list[float]]]) -> None:
+def _bars(axis: Any, names: list[str], series: list[tuple[str, list[float | None]]]) -> None:
     height = 0.8 / len(series)
     for place, (label, values) in enumerate(series):
-        at = [row + (place - (len(series) - 1) / 2) * height for row in range(len(names))]
-        axis.bar_label(axis.barh(at, values, height, label=label), fmt="%.1f", fontsize=7, padding=2)
+        shift = (place - (len(series) - 1) / 2) * height
+        known = [(row + shift, value) for row, value in enumerate(values) if value is not None]
+        bars = axis.barh([at for at, _ in known], [value for _, value in known], height, label=label)
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
     axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlim(0, 108)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.05), ncol=2)
 
 
-def _score(entry: Entry | None) -> float:
-    return 0.0 if entry is None else 100 * entry[OFFICIAL]
+def _score(entry: Entry | None) -> float | None:
+    return None if entry is None else 100 * entry[OFFICIAL]
 
 
 def _percent(entry: Entry | None) -> str:

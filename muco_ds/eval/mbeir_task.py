@@ -30,6 +30,7 @@ class Queries:
     """Source: a dialogue of one turn for each query."""
 
     all: list[Dialogue]
+    names: list[str]
 
     @property
     def rows(self) -> int:
@@ -38,11 +39,11 @@ class Queries:
     def __len__(self) -> int:
         return len(self.all)
 
+    def name(self, line: int) -> str:
+        return self.names[line]
+
     def dialogues(self, start: int, stop: int) -> list[Dialogue]:
         return self.all[start:stop]
-
-    def name(self, line: int) -> str:
-        return f"query {line}"
 
     @property
     def key(self) -> str:
@@ -76,7 +77,7 @@ def instructed(asked: Asked, pools: Sequence[PoolFile], prompts: Instructions, s
             )
         text = formatted(f"{formatted(choice[prompt % len(choice)])} {query.text or ''}")
         dialogues.append(Dialogue((text,), query.images))
-    return Queries(dialogues)
+    return Queries(dialogues, [query.where for query in asked.queries])
 
 
 def _places(numbers: Sequence[int], pools: Sequence[PoolFile]) -> list[tuple[PoolFile, int]]:
