@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +22,10 @@ from muco_ds.errors import UserError
 from muco_ds.eval.encoder import Encoder
 from muco_ds.eval.mbeir_files import read_instructions, read_queries, read_relevance
 from muco_ds.eval.mbeir_pools import Pool, Pools
-from muco_ds.eval.mbeir_report import GROUPS, OFFICIAL, UNION, write_report
+from muco_ds.eval.mbeir_published import GROUPS, MEANS, OFFICIAL, PUBLISHED, UNION
 from muco_ds.eval.mbeir_task import Asked, instructed
 from muco_ds.eval.recall import Found, chance, find_answers, recall
+from muco_ds.eval.report import write_report
 from muco_ds.eval.suite import Entry, scores_of
 from muco_ds.files import file_facts
 from muco_ds.models.shards import Rows
@@ -187,7 +189,23 @@ class MBEIRSuite:
         return means | dict(entries)
 
     def report(self, results: Mapping[str, Entry], folder: Path) -> None:
-        write_report(results, folder)
+        cells = {name: entry for name, entry in results.items() if "task" in entry}
+        left_out, broken = (sum(entry[key] for entry in cells.values()) for key in ("left_out", "broken_candidates"))
+        notes = [
+            f"{OFFICIAL} is recall@5, of Fashion200K and FashionIQ recall@10. {left_out} queries are left out; "
+            f"{broken} candidates have no usable picture and count as wrong ones."
+        ]
+        if self.limit is not None:
+            notes.append("Only a part of each pool was searched (--rows): these are no scores to be compared.")
+        write_report(
+            folder,
+            "M-BEIR: recall",
+            results,
+            means=[*MEANS, *(mean + UNION for mean in MEANS)],
+            groups={name: (Cell(name.removesuffix(UNION)).group, entry["task"]) for name, entry in cells.items()},
+            published=PUBLISHED,
+            notes=notes,
+        )
 
     @property
     def _instructions(self) -> Path:
@@ -246,17 +264,23 @@ def _means(entries: Mapping[str, Entry], names: Sequence[str], end: str) -> dict
     groups = {"overall": list(names)}
     for group in GROUPS:
         groups[group] = [name for name in names if Cell(name.removesuffix(UNION)).group == group]
-    return {group + end: _mean([entries[name] for name in of_group]) for group, of_group in groups.items() if of_group}
+    of = {"overall": len(CELLS)} | Counter(cell.group for cell in CELLS)
+    return {
+        group + end: _mean([entries[name] for name in of_group], of[group])
+        for group, of_group in groups.items()
+        if of_group
+    }
 
 
-def _mean(entries: Sequence[Entry]) -> Entry:
+def _mean(entries: Sequence[Entry], of: int) -> Entry:
     scores = [name for name in scores_of(entries[0]) if all(name in entry for entry in entries)]
     union = entries[0]["pool"] == "union"
     return {
         **{name: sum(entry[name] for entry in entries) / len(entries) for name in (*scores, "chance")},
         "score": OFFICIAL,
         "pool": entries[0]["pool"],
-        "cells": len(entries),
+        "datasets": len(entries),
+        "of": of,
         "queries": sum(entry["queries"] for entry in entries),
         "candidates": (max if union else sum)(entry["candidates"] for entry in entries),
         "seed": entries[0]["seed"],

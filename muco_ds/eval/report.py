@@ -35,6 +35,7 @@ def write_report(
     means: Sequence[str],
     groups: Mapping[str, Sequence[str]],
     published: Sequence[Published],
+    notes: Sequence[str] = (),
 ) -> None:
     """Write results.md and, where matplotlib is installed, results.png.
 
@@ -42,12 +43,14 @@ def write_report(
         results: as of `Suite.results`; the first score of an entry is the one that is compared.
         means: names of the entries over several data sets, in order; those that are not there are left out.
         groups: of each data set, what it belongs to: the first is its colour.
+        notes: what else is to be known.
     Raises:
         UserError: the folder can't be written.
     """
     means = [name for name in means if name in results]
     datasets = [name for name in results if name not in means]
-    lines = [f"# {title}", "", *_notes(results, means), "", *_comparison(results, means, published), ""]
+    lines = [f"# {title}", "", *_notes(results, means), *(line for note in notes for line in ("", note))]
+    lines += ["", *_comparison(results, means, published), ""]
     lines += ["## By data set", "", *_by_dataset(results, datasets, groups)]
     with replacing(folder / "results.md") as work:
         work.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -274,7 +274,7 @@ def _begin(shards: Shards) -> list[int]:
             pending.append(shard)
             if shards.path(shard).exists():
                 log.warning("%s: it is encoded again", problem)
-    if found := layout.shards - len(pending):
+    if pending and (found := layout.shards - len(pending)):
         log.warning("%s: %d of %d shards are there from an earlier run", folder, found, layout.shards)
     return pending
 

@@ -44,7 +44,7 @@ def test_ranks_and_interruptions_do_not_matter(folder: Path, programs: Programs,
     assert one == two and next(iter(one)) == "overall"
     assert one["oven_task8@union"]["candidates"] == 60 and one["nights_task4@union"]["pool"] == "union"
     assert "fashioniq_task7@union" in done.stdout[0] and "recall@official" in done.stdout[0]
-    assert "| fashioniq_task7 | image,text -> image | @10 |" in (tmp_path / "2" / "mbeir.md").read_text()
+    assert "| fashioniq_task7 | multi->single, image,text -> image |" in (tmp_path / "2" / "results.md").read_text()
 
     # Ended within a shard and before two of the cells were scored.
     shards = tmp_path / "2" / "embeddings" / "mbeir"
