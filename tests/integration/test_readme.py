@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from muco_ds.eval.suite import scores_of
+
 from programs import REPOSITORY, Programs
 
-README, TRAINING, COMA = (REPOSITORY / name for name in ("README.md", "docs/training.md", "docs/coma.md"))
+GUIDES = ("README.md", "docs/embedder.md", "docs/evaluation.md", "docs/pages.md", "docs/training.md", "docs/coma.md")
+README, EMBEDDER, EVALUATION, PAGES, TRAINING, COMA = (REPOSITORY / name for name in GUIDES)
 COPIED = ("launch", "tools", "ds_configs", "muco_ds")
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STARTERS = ("bash", "python", "deepspeed", "torchrun", "tensorboard")
@@ -20,6 +24,8 @@ STARTERS = ("bash", "python", "deepspeed", "torchrun", "tensorboard")
 NOT_RUN = {
     "bash tests/run.sh": "it is what runs this test",
     "tensorboard --logdir runs": "it serves until it is ended",
+    "python tools/search.py --model runs/demo/model --input demo/items.jsonl --images demo/data/images "
+    "--embeddings demo/embeddings": "it serves until it is ended",
 }
 
 SHORT = "--run.max_steps 2 --optim.warmup_steps 1 --batch.images 8 --validation.rows 2 --data.workers 1"
@@ -110,7 +116,19 @@ def test_every_command_of_the_guide_to_coma_runs(copy: Path, programs: Programs)
     assert (copy / "demo" / "data" / "talks.jsonl").is_file()
 
 
-@pytest.mark.parametrize("document", [README, TRAINING, COMA], ids=lambda path: path.stem)
+def test_every_command_about_models_at_work_runs(copy: Path, programs: Programs) -> None:
+    """After the README's, whose model they go on with."""
+    assert (copy / "runs" / "mine" / "model").is_dir(), "run the README's commands first: the whole file"
+    for document in (EMBEDDER, EVALUATION, PAGES):
+        run_all(document, copy, programs)
+    for suite in ("mmeb", "mbeir"):
+        results = json.loads((copy / "runs" / "demo" / suite / "results.json").read_text())
+        assert 0 <= next(iter(scores_of(results["overall"]).values())) <= 1
+    assert "mmeb/overall/precision@1" in (copy / "runs" / "judged" / "metrics.jsonl").read_text()
+    assert (copy / "demo" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("document", [REPOSITORY / name for name in GUIDES], ids=lambda path: path.stem)
 def test_only_named_commands_are_left_out(document: Path) -> None:
     written = [command for language, content in blocks(document) if language == "bash" for command in commands(content)]
     lines = [
