@@ -21,9 +21,7 @@ for argument in "$@"; do
         exec python -m pytest "$@"
     fi
 done
-# Programs that run by themselves, one process each.
-single=(tests/integration/test_{build_turns,build_turns_endpoint,export,fetch_images,pages,preflight,run_gpu}.py)
-run_pytest tests/unit "${single[@]}" -n 2 "$@"
-# In turn: each of these starts several processes and would only wait for the others.
-run_pytest tests/distributed tests/integration tests/gpu "${single[@]/#/--ignore=}" "$@"
+run_pytest tests/unit -n 2 "$@"
+# Most of their time these wait: for processes to start, for each other, for what must time out. A file stays on one worker.
+run_pytest tests/distributed tests/integration tests/gpu -n 3 --dist loadfile "$@"
 exit "$failed"
