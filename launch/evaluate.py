@@ -16,15 +16,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from muco_ds.config_matryoshka import sizes_of
 from muco_ds.distributed import env
-from muco_ds.errors import exit_on_user_error
+from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.eval.encoder import Encoder, Store
-from muco_ds.eval.evaluation import evaluate
+from muco_ds.eval.evaluation import evaluate, prepare_output
 from muco_ds.eval.mbeir import POOLS
 from muco_ds.eval.mmeb_text import CONVENTIONS
 from muco_ds.eval.suite import label, scores_of
 from muco_ds.eval.suites import SUITES, SuiteOptions, open_suite
-from muco_ds.files import folder_facts
 from muco_ds.models.embedder import Embedder
+from muco_ds.models.recognise import recognise
 
 
 def arguments() -> argparse.Namespace:
@@ -57,8 +57,12 @@ def main() -> int:
     env.adopt_launcher()
     args = arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if args.pack_tokens is not None and args.pack_tokens < 1:
+        raise UserError(f"--pack_tokens {args.pack_tokens}: give at least 1", on_every_rank=True)
     device = env.start()
     with env.agreement():
+        if env.is_main():
+            prepare_output(args.output, args.suite)
         options = SuiteOptions(
             args.suite, args.data, args.images, args.datasets, args.rows, args.convention, args.pool, args.seed
         )
@@ -66,10 +70,10 @@ def main() -> int:
         embedder = Embedder.from_pretrained(args.model, device=device)
         sizes = sizes_of(args.dims or embedder.sizes, embedder.sizes[-1], "--dims")
     assert embedder.packer is not None
-    model = folder_facts(Path(args.model))
+    model = [recognise(args.model).facts(), str(next(embedder.parameters()).dtype)]
     store = Store(args.output / "embeddings", model, embedder.sizes[-1])
     encoder = Encoder(embedder, embedder.packer, device, args.pack_tokens, sizes, progress=True, store=store)
-    results = evaluate(suite, encoder, args.output, model)
+    results, problems = evaluate(suite, encoder, args.output, model)
     if env.is_main():
         scores = list(scores_of(results["overall"]))
         width = max(len(label(name, entry)) for name, entry in results.items())
@@ -82,6 +86,9 @@ def main() -> int:
         if left_out := sum(entry.get("left_out", 0) for entry in results.values()):
             print(f"{left_out} rows could not be used and are not counted")
         print(f"written to {args.output / 'results.json'}")
+    if problems:
+        more = f"; and {len(problems) - 1} more data sets" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}: not scored", on_every_rank=True)
     env.stop()
     return 0
 

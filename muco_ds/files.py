@@ -35,11 +35,9 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def file_facts(path: Path) -> tuple[str, int, int]:
-    """Name, size and time of a file: equal while it is the same."""
-    stat = path.stat()
+    """Name, size and time of a file: equal while it is the same. Raises UserError where it is not there."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"'{path}' can't be read ({error.strerror})") from error
     return path.name, stat.st_size, stat.st_mtime_ns
-
-
-def folder_facts(folder: Path) -> list[tuple[str, int, int]]:
-    """Those of all files in a folder."""
-    return [file_facts(path) for path in sorted(folder.iterdir()) if path.is_file()]

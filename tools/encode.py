@@ -24,13 +24,16 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
 from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
-from muco_ds.files import folder_facts
-from muco_ds.models.recognise import recognise
+from muco_ds.models.recognise import Recognised, recognise
+
+OURS = re.compile(r"\d{5}(\.lines|\.broken)?\.npy$|\d{5}\.parquet$|(shards|report)\.json$|broken\.jsonl$")
+"""Names of the files in a folder that this program writes."""
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -52,8 +55,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(args: argparse.Namespace) -> None:
-    """What can be said before anything is read."""
+def contents(folder: Path) -> list[str]:
+    """Names in a folder, if it is one."""
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def check(args: argparse.Namespace) -> Recognised:
+    """The model, and what can be said before anything is read."""
     if args.output.suffix == ".npy":
         if args.output.is_dir():
             raise UserError(f"--output: '{args.output}' is a folder: give another name")
@@ -61,9 +69,11 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--format {args.format}: is for a folder: end --output in no .npy")
     elif args.output.suffix or args.output.is_file():
         raise UserError(f"--output: '{args.output}': end it in .npy, or give a folder without a dot in its name")
-    elif args.output.is_dir() and any(args.output.iterdir()) and not (args.output / "report.json").is_file():
-        raise UserError(f"--output: '{args.output}' holds other files: give another name")
-    if args.output.exists() and not args.overwrite and (args.output.is_file() or any(args.output.iterdir())):
+    elif args.output.resolve() == Path.cwd() or not args.output.name:
+        raise UserError(f"--output: '{args.output}' can't be replaced as a whole: name a folder in it")
+    elif strangers := [name for name in contents(args.output) if not OURS.match(name)]:
+        raise UserError(f"--output: '{args.output}' holds other files ('{strangers[0]}'): give another name")
+    if args.output.exists() and not args.overwrite and (args.output.is_file() or contents(args.output)):
         raise UserError(f"--output: '{args.output}' exists: give --overwrite to replace it, or another name")
     if args.pack_tokens is not None and args.pack_tokens < 1:
         raise UserError(f"--pack_tokens {args.pack_tokens}: give at least 1")
@@ -71,12 +81,12 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--device: under a launcher every rank takes its own: leave it out")
     if os.path.exists(args.input) and not (os.path.isfile(args.input) or os.path.isdir(args.input)):
         raise UserError(f"--input: '{args.input}' is no file of lines that can be read twice: write it to one")
-    recognise(str(args.model))
+    return recognise(str(args.model))
 
 
-def key_of(args: argparse.Namespace, digest: str, dtype: object) -> str:
+def key_of(args: argparse.Namespace, model: Recognised, digest: str, dtype: object) -> str:
     """Equal where an interrupted run may go on: the same lines, model and options, in the same precision."""
-    facts = [digest, str(args.images), folder_facts(args.model), args.dim, str(dtype), args.skip_broken]
+    facts = [digest, model.facts(), args.dim, str(dtype), args.skip_broken]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
@@ -84,7 +94,7 @@ def key_of(args: argparse.Namespace, digest: str, dtype: object) -> str:
 def main() -> int:
     env.adopt_launcher()
     args = arguments()
-    check(args)
+    model = check(args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     import torch  # imports take seconds; a typo in the command line should not
 
@@ -103,7 +113,7 @@ def main() -> int:
 
     def read() -> None:
         nonlocal items
-        items = ItemFiles(args.input, args.images)
+        items = ItemFiles(args.input, args.images, args.output)
         items.check(headers=not args.skip_broken, progress=True)
 
     env.on_main(read)
@@ -113,11 +123,12 @@ def main() -> int:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.dtype]
         embedder = Embedder.from_pretrained(str(args.model), device=device, dtype=dtype)
         dim = embedder.check_dim(args.dim)
+    output = Output(args.output, args.format)
     report = encode_file(
         embedder,
         items,
-        Output(args.output, args.format),
-        key=key_of(args, items.digest, next(embedder.parameters()).dtype),
+        output,
+        key=key_of(args, model, items.digest, next(embedder.parameters()).dtype),
         device=next(embedder.parameters()).device,
         pack_tokens=args.pack_tokens,
         dim=dim,
@@ -125,7 +136,7 @@ def main() -> int:
     )
     if env.is_main():
         if report["broken"]:
-            print(f"{report['broken']} lines could not be used; their rows are zero: see {args.output}.broken.jsonl")
+            print(f"{report['broken']} lines could not be used; their rows are zero: see {output.broken}")
         print(f"{report['rows']} x {dim} written to {args.output}")
     env.stop()
     return 0

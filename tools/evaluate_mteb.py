@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from muco_ds.errors import UserError, exit_on_user_error
-from muco_ds.files import folder_facts, replacing
+from muco_ds.files import replacing
+from muco_ds.models.recognise import recognise
 
 
 def arguments() -> argparse.Namespace:
@@ -122,7 +123,7 @@ def main() -> int:
 
     embedder = Embedder.from_pretrained(args.model, device=args.device)
     dtype = str(next(embedder.parameters()).dtype)
-    digest = hashlib.blake2b(json.dumps([folder_facts(args.model), args.dim, dtype]).encode(), digest_size=8)
+    digest = hashlib.blake2b(json.dumps([recognise(str(args.model)).facts(), args.dim, dtype]).encode(), digest_size=8)
     name = f"local/{args.model.resolve().name}"
     model = MtebModel(embedder, name=name, revision=digest.hexdigest(), pack_tokens=args.pack_tokens, dim=args.dim)
     entries, failures = evaluate(model, tasks, args.output)

@@ -30,8 +30,10 @@ def arguments() -> argparse.Namespace:
 @exit_on_user_error()
 def main() -> int:
     args = arguments()
-    if args.output.exists() and any(args.output.iterdir()):
-        raise UserError(f"--output: '{args.output}' is not empty: give another name")
+    if args.output.exists() and not (args.output.is_dir() and not any(args.output.iterdir())):
+        raise UserError(f"--output: '{args.output}' is no empty folder: give another name")
+    if args.rows is not None and args.rows < 1:
+        raise UserError(f"--rows {args.rows}: give at least 1")
     reader = M3TReader(args.data, args.images or str(Path(args.data).parent / "images"), "--data")
     records, left_out = [], 0
     for row in range(len(reader))[: args.rows]:

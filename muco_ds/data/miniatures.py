@@ -63,6 +63,8 @@ def write_mmeb(
     rng = random.Random(f"mmeb {seed}")
     path_of = _copied((one.picture for one in (*labels, *questions, *captions)), root / "eval_images", "pictures")
     for name, asked in (("VOC2007", labels), ("OK-VQA", questions), ("MSCOCO_i2t", captions)):
+        if not asked:
+            continue
         rows = []
         for one in asked:
             wrong = sorted({other.answer for other in asked if other.kind == one.kind} - {one.answer})
@@ -103,6 +105,8 @@ def write_mbeir(questions: Sequence[Asked], captions: Sequence[Asked], root: Pat
         "oven_task6": [(one.question, path_of[one.picture], answers[one.answer]) for one in questions],
     }
     for cell, rows in right.items():
+        if not rows:
+            continue
         task = int(cell.rpartition("task")[2])
         pool_name = f"{cell}_test" if cell.startswith("mscoco") else cell
         _write_lines(root / "cand_pool" / "local" / f"mbeir_{pool_name}_cand_pool.jsonl", pools[cell])

@@ -15,6 +15,9 @@ import torch.distributed as dist
 from muco_ds.errors import UserError
 
 _TIMEOUT = timedelta(minutes=30)
+_PATIENCE = timedelta(days=7)
+
+_patient_group: Any = None
 
 
 def rank() -> int:
@@ -73,6 +76,8 @@ def start() -> torch.device:
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _patient_group
+    _patient_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -85,37 +90,50 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def from_all(value: Any) -> list[Any]:
-    """Every rank's value, in rank order. Collective."""
+def from_all(value: Any, *, patient: bool = False) -> list[Any]:
+    """Every rank's value, in rank order; `patient`: wait for the slowest, however long it works. Collective."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_patient() if patient else None)
     return values
 
 
-def agree(problem: str | None) -> None:
+def _patient() -> Any:
+    """A group of all ranks, on CPUs, in which ranks may wait longer than any collective may take. Collective."""
+    global _patient_group
+    if _patient_group is None:
+        _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _patient_group
+
+
+def agree(problem: str | None, *, patient: bool = False) -> None:
     """Raise on every rank when any rank has a problem, so that no rank waits for one that left.
 
     Args:
         problem: one line, or None. Collective: every rank must call it.
+        patient: as in `from_all`.
     Raises:
         UserError: the problem of the lowest rank that has one.
     """
-    first = next((p for p in from_all(problem) if p is not None), None)
+    first = next((p for p in from_all(problem, patient=patient) if p is not None), None)
     if first is not None:
         raise UserError(first, on_every_rank=True)
 
 
 @contextmanager
-def agreement() -> Iterator[None]:
-    """What one rank finds wrong inside is raised on every rank. The body holds no collective; every rank must enter."""
+def agreement(*, patient: bool = False) -> Iterator[None]:
+    """What one rank finds wrong inside is raised on every rank. The body holds no collective; every rank must enter.
+
+    Args:
+        patient: the body may take a rank far longer than the others.
+    """
     problem = None
     try:
         yield
     except UserError as error:
         problem = str(error)
-    agree(problem)
+    agree(problem, patient=patient)
 
 
 def on_main(work: Callable[[], object]) -> None:
@@ -124,19 +142,9 @@ def on_main(work: Callable[[], object]) -> None:
     Raises:
         UserError: that of rank 0, on every rank.
     """
-    problem: list[str | None] = [None]
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if several else None
-    if is_main():
-        try:
+    with agreement(patient=True):
+        if is_main():
             work()
-        except UserError as error:
-            problem = [str(error)]
-    if group is not None:
-        dist.broadcast_object_list(problem, src=0, group=group)
-        dist.destroy_process_group(group)
-    if problem[0] is not None:
-        raise UserError(problem[0], on_every_rank=True)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from muco_ds.data.collator import Packer
 from muco_ds.data.schema import Dialogue, PackedBatch
 from muco_ds.distributed import env
 from muco_ds.models.encode import WINDOW_DIALOGUES, encode_windows
+from muco_ds.models.items import first_problem
 from muco_ds.models.shards import Layout, Rows, Source, encode_shards
 
 _TIMED_DIALOGUES = 64  # of a rank between two looks at the clock
@@ -122,6 +123,18 @@ class Encoder:
             mark_broken=True,
             progress=name if self.progress else None,
         )
+
+    def unusable(self, dialogues: Sequence[Dialogue], suspect_N: torch.Tensor) -> dict[int, str]:
+        """Which of the suspects have a picture that can't be used, and why, by their place. Collective.
+
+        Others were made what they are by the model itself, which is no reason to leave them out.
+        """
+        reasons: dict[int, str] = {}
+        if env.is_main():
+            for i in suspect_N.nonzero()[:, 0].tolist():
+                if problem := first_problem(dialogues[i], self.packer.images.patches):
+                    reasons[i] = "picture {}: {}".format(*problem)
+        return env.from_main(reasons)
 
     def _bounds(self, count: int) -> list[tuple[int, int]]:
         """Of windows of so many dialogues; one, perhaps empty, at least."""

@@ -142,7 +142,8 @@ class MBEIRSuite:
             queries = instructed(asked, pool.files, prompts, self.seed)
         part = "" if self.limit is None else f"_first{self.limit}"
         query_QD = _all(encoder.rows(queries, f"mbeir/mbeir_{cell.name}_queries{part}", queries.key))
-        usable_Q = query_QD.any(1)
+        usable_Q = torch.ones(len(query_QD), dtype=torch.bool)
+        usable_Q[list(encoder.unusable(queries.all, ~query_QD.any(1)))] = False
         if not usable_Q.any():
             raise UserError(
                 f"{asked.queries[0].where}: neither this nor any other query has a picture that can be used",
@@ -161,7 +162,7 @@ class MBEIRSuite:
         )
         if found.broken and encoder.store is not None and env.is_main():
             folder = encoder.store.folder / "mbeir"
-            log.warning("%s: %d candidates without a usable picture are zero in %s", dataset, found.broken, folder)
+            log.warning("%s: %d candidates could not be encoded and are zero in %s", dataset, found.broken, folder)
         left_out = asked.left_out + int((~usable_Q).sum())
         return {
             dataset: {
@@ -193,7 +194,7 @@ class MBEIRSuite:
         left_out, broken = (sum(entry[key] for entry in cells.values()) for key in ("left_out", "broken_candidates"))
         notes = [
             f"{OFFICIAL} is recall@5, of Fashion200K and FashionIQ recall@10. {left_out} queries are left out; "
-            f"{broken} candidates have no usable picture and count as wrong ones."
+            f"{broken} candidates could not be encoded and are never found."
         ]
         if self.limit is not None:
             notes.append("Only a part of each pool was searched (--rows): these are no scores to be compared.")

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from muco_ds.data.readers import RowError, picture_paths
 from muco_ds.data.schema import Dialogue
 from muco_ds.errors import UserError
+from muco_ds.files import file_facts
 
+_DATASETS = 1000
 _IDS = 10_000_000
 """Of one data set, at most. UniIR counts queries by 500,000; one rule serves both here."""
 
@@ -44,9 +46,11 @@ def modality(spelling: str) -> str:
 def number_of(name: str | dict[str, str]) -> int:
     """A query's or candidate's id as a number: "4:17" or {"did": "4:17"} -> 4 * 10,000,000 + 17. Raises ValueError."""
     name = name["did"] if isinstance(name, dict) else name
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no id such as '4:17'")
     dataset, number = map(int, name.split(":"))
-    if dataset < 0 or not 0 <= number < _IDS:
-        raise ValueError(f"{name!r} is no id: its number is not under {_IDS}")
+    if not 0 <= dataset < _DATASETS or not 0 <= number < _IDS:
+        raise ValueError(f"{name!r} is no id: its numbers are not under {_DATASETS} and {_IDS}")
     return dataset * _IDS + number
 
 
@@ -135,6 +139,7 @@ class PoolFile:
     size_C: np.ndarray  # int64
     number_C: np.ndarray  # int64
     digest: str
+    facts: tuple[str, int, int]
 
     @classmethod
     def scan(cls, path: Path, images: str, *, progress: bool) -> PoolFile:
@@ -143,8 +148,9 @@ class PoolFile:
         rows: list[tuple[int, int, int]] = []
         digest = hashlib.blake2b(digest_size=16)
         start = 0
+        facts = file_facts(path)
+        total = facts[1]
         try:
-            total = path.stat().st_size
             with (
                 open(path, "rb") as file,
                 tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=not progress) as bar,
@@ -166,7 +172,7 @@ class PoolFile:
         if not len(table_C3):
             raise UserError(f"{path}: is empty: download it again")
         start_C, size_C, number_C = map(np.ascontiguousarray, table_C3.T)
-        return cls(path, images, start_C, size_C, number_C, digest.hexdigest())
+        return cls(path, images, start_C, size_C, number_C, digest.hexdigest(), facts)
 
     def __len__(self) -> int:
         return len(self.start_C)
@@ -190,7 +196,9 @@ class PoolFile:
             raise UserError(f"{self.path}: candidate {item['did']!r}: {_said(error)}") from error
 
     def items(self, rows: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
-        """Lines of the file, in any order."""
+        """Lines of the file, in any order. Raises UserError where it is not the file any more that was scanned."""
+        if file_facts(self.path) != self.facts:
+            raise UserError(f"{self.path}: has changed since it was read: start again")
         with open(self.path, "rb") as file:
             for row in map(int, rows):
                 yield json.loads(os.pread(file.fileno(), int(self.size_C[row]), int(self.start_C[row])))

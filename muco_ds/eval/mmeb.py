@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from muco_ds.config_matryoshka import sizes_of
-from muco_ds.data.images import ImageError
-from muco_ds.data.schema import Dialogue
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
 from muco_ds.eval.encoder import Encoder
@@ -84,7 +81,10 @@ class MMEBSuite:
             for name, side in zip(("queries", "candidates"), sides, strict=True)
         )
         task = task.without(
-            *(_broken(side, emb, encoder) for side, emb in zip(sides, (query_QD, candidate_CD), strict=True))
+            *(
+                encoder.unusable(side, emb_ND.isnan().any(1))
+                for side, emb_ND in zip(sides, (query_QD, candidate_CD), strict=True)
+            )
         )
         if task.left_out and env.is_main():
             log.warning("%s: %d rows are left out; %s", dataset, task.left_out, task.problem)
@@ -140,19 +140,3 @@ class MMEBSuite:
 
 def _average(entries: Sequence[Entry], key: str) -> float:
     return sum(entry[key] for entry in entries) / len(entries)
-
-
-def _broken(side: Sequence[Dialogue], emb_ND: torch.Tensor, encoder: Encoder) -> dict[int, str]:
-    """Places of dialogues with a picture that can't be used, and why. Collective.
-
-    Only those: what a model makes NaN of by itself is no reason to leave a row out.
-    """
-    reasons: dict[int, str] = {}
-    if env.is_main():
-        for i in emb_ND.isnan().any(1).nonzero()[:, 0].tolist():
-            for image in side[i].images:
-                try:
-                    encoder.packer.images.patches(image)
-                except ImageError as error:
-                    reasons[i] = f"picture {image}: {error}"
-    return env.from_main(reasons)

@@ -1,7 +1,7 @@
 """Recall of rows that need not fit in memory. Ties count against the model.
 
-Shape suffixes: Q queries, k nearest candidates, P pairs of a query and a right candidate, C candidates of a block, D
-embedding size.
+Shape suffixes: Q queries, k nearest candidates, P pairs of a query and a right candidate, C candidates of a block, B
+broken candidates, D embedding size.
 """
 
 from __future__ import annotations
@@ -76,19 +76,19 @@ def find_answers(
     deep = depth + (int(mine.per_query.max()) if stop > start else 0)
     queries = {size: _unit(query_QD[start:stop].to(device), size) for size in sizes}
     nearest = {size: Nearest(query_QP, deep, ranks=env.world_size()) for size, query_QP in queries.items()}
-    broken = _show(candidates, nearest, device, memory, progress)
-    better = {size: _better(found, mine, len(candidates), depth) for size, found in nearest.items()}
+    broken_B = _show(candidates, nearest, device, memory, progress)
+    better = {size: _better(found, mine, len(candidates), broken_B, depth) for size, found in nearest.items()}
     parts = env.from_all(better)
-    return Found({size: np.concatenate([part[size] for part in parts]) for size in sizes}, broken)
+    return Found({size: np.concatenate([part[size] for part in parts]) for size in sizes}, len(broken_B))
 
 
 def _show(
     candidates: Rows, nearest: dict[int, Nearest], device: torch.device, memory: int, progress: str | None
-) -> int:
-    """Add all candidates to the searches, a block at a time while the next is read; how many are zero."""
+) -> np.ndarray:
+    """Add all candidates to the searches, a block at a time while the next is read; which ones are zero: int64 [B]."""
     block = max(1, memory // (4 * candidates.width))
     starts = range(0, len(candidates), block)
-    broken = torch.zeros((), dtype=torch.int64, device=device)
+    broken = []
     with (
         ThreadPoolExecutor(1) as reader,
         tqdm(total=len(candidates), desc=progress, unit="row", disable=progress is None or not env.is_main()) as bar,
@@ -99,16 +99,17 @@ def _show(
             if start + block < len(candidates):
                 ahead = reader.submit(candidates.read, start + block, min(start + 2 * block, len(candidates)))
             target_CD = target_CD.to(device).float()
-            broken += (target_CD == 0).all(1).sum()
+            broken.append((target_CD == 0).all(1).nonzero()[:, 0] + start)
             for size, search in nearest.items():
                 if len(search.query_QD):
                     search.add(_unit(target_CD, size))
             bar.update(len(target_CD))
-    return int(broken)
+    return torch.cat(broken).cpu().numpy()
 
 
-def _better(found: Nearest, answers: Answers, candidates: int, depth: int) -> np.ndarray:
+def _better(found: Nearest, answers: Answers, candidates: int, broken_B: np.ndarray, depth: int) -> np.ndarray:
     score_Qk, index_Qk = found.score_Qk.cpu().numpy(), found.index_Qk.cpu().numpy()
+    score_Qk = np.where(np.isin(index_Qk, broken_B), -np.inf, score_Qk)  # zero is more than a model may give others
     keys_P = np.sort(answers.query_P * candidates + answers.candidate_P)
     right_Qk = np.isin(np.arange(len(index_Qk))[:, None] * candidates + index_Qk, keys_P)
     best_Q = np.where(right_Qk, score_Qk, -np.inf).max(axis=1, initial=-np.inf)

@@ -60,6 +60,8 @@ def open_suite(options: SuiteOptions) -> Suite:
     for key, (suite, value) in options.of_others().items():
         if value is not None and suite != options.name:
             raise UserError(f"--{key}: is for {suite}, {options.name} has none: leave it out")
+    if options.rows is not None and options.rows < 1:
+        raise UserError(f"--rows {options.rows}: give at least 1")
     if options.name == "mmeb":
         convention = options.convention or "muco"
         return MMEBSuite(options.data, options.images, options.datasets, options.rows, convention)

@@ -39,6 +39,11 @@ class Output:
         return self.path.suffix == ".npy"
 
     @property
+    def broken(self) -> Path:
+        """The list of what could not be encoded."""
+        return beside(self.path, "broken.jsonl") if self.one_file else self.path / "broken.jsonl"
+
+    @property
     def work(self) -> Path:
         return self.path.with_name(f".{self.path.name}.partial")
 
@@ -78,6 +83,8 @@ class Output:
             made.mkdir()
             for shard, part_ND in enumerate(shards.parts()):
                 pq.write_table(_table(shards, shard, part_ND), made / f"{shard:05}.parquet")
+        for ending in ("report.json", "broken.jsonl"):  # of a run that ended here
+            (made / ending).unlink(missing_ok=True)
         for ending, text in beside_them.items():
             (made / ending).write_text(text, encoding="utf-8")
         if self.path.exists():

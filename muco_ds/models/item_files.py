@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import accumulate
@@ -21,11 +22,11 @@ import pyarrow as pa
 from datasets import Dataset
 from tqdm import tqdm
 
-from muco_ds.data.decode import ImageError, StoredPicture, decode, read_size
+from muco_ds.data.decode import StoredPicture, decode, read_size
 from muco_ds.data.readers import data_files, memory_mapped, parquet_facts
 from muco_ds.data.schema import Dialogue, ImageRef
 from muco_ds.errors import UserError
-from muco_ds.models.items import dialogue_of
+from muco_ds.models.items import dialogue_of, first_problem
 
 COLUMNS = ("text", "image", "instruction", "questions")
 
@@ -51,11 +52,18 @@ class _Part(Protocol):
 class ItemFiles:
     """All items of a file, a folder or a glob. `models.shards.Source`, once it was checked.
 
-    Raises UserError where there is no file, or one that can't be read.
+    Args:
+        images: folder that picture paths start from; None: that of each file.
+        output: what an earlier run wrote there, and beside it, is no input.
+    Raises:
+        UserError: no file, or one that can't be read.
     """
 
-    def __init__(self, pattern: str, images: Path | None) -> None:
-        files = data_files(pattern, "--input", (".jsonl", ".parquet"))
+    def __init__(self, pattern: str, images: Path | None, output: Path | None = None) -> None:
+        given = data_files(pattern, "--input", (".jsonl", ".parquet"))
+        files = [path for path in given if output is None or not _belongs(Path(path).absolute(), output.absolute())]
+        if not files:
+            raise UserError(f"--input: '{pattern}' holds nothing but what belongs to '{output}'")
         self.pattern = pattern
         self._parts: list[_Part] = [_Table(path) if path.endswith(".parquet") else _Lines(path) for path in files]
         self._images = {path: images or Path(path).parent for path in files}
@@ -72,6 +80,8 @@ class ItemFiles:
         counts = []
         with ThreadPoolExecutor(_READERS) as readers, tqdm(desc="checking", unit="line", disable=not progress) as bar:
             for part in self._parts:
+                # Equal lines beside other pictures are other items.
+                digest.update(os.path.realpath(self._images[part.path]).encode())
                 with open(part.path, "rb") as file:
                     while block := file.read(2**22):
                         digest.update(block)
@@ -110,7 +120,7 @@ class ItemFiles:
     def broken(self, line: int) -> dict[str, Any]:
         """Where a line is that could not be encoded, and why."""
         part, first = self._part_of(line)
-        picture, why = _first_problem(self.dialogues(line, line + 1)[0], decode) or (
+        picture, why = first_problem(self.dialogues(line, line + 1)[0], decode) or (
             None,
             "its embedding is not finite",
         )
@@ -146,6 +156,11 @@ class ItemFiles:
             raise UserError(f"{name}: 'questions' are about an 'image' and stand in place of 'text'")
         turns = [dialogue_of({**item, "text": question}, name).turns[0] for question in questions]
         return Dialogue(tuple(turns), tuple(images))
+
+
+def _belongs(path: Path, output: Path) -> bool:
+    """Whether a file is an output, in it or beside it under its name."""
+    return output in (path, *path.parents) or (path.parent == output.parent and path.name.startswith(f"{output.name}."))
 
 
 class _Lines:
@@ -256,14 +271,4 @@ def _picture(image: Any, root: Path, name: str) -> ImageRef:
 
 
 def _bad_header(dialogue: Dialogue) -> tuple[str, str] | None:
-    return _first_problem(dialogue, read_size)
-
-
-def _first_problem(dialogue: Dialogue, look: Callable[[Any], object]) -> tuple[str, str] | None:
-    """The first picture that can't be used, and why."""
-    for image in dialogue.images:
-        try:
-            look(image)
-        except ImageError as error:
-            return str(image), str(error)
-    return None
+    return first_problem(dialogue, read_size)

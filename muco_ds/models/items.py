@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from muco_ds.data.decode import StoredPicture
+from muco_ds.data.decode import ImageError, StoredPicture
 from muco_ds.data.schema import Dialogue, ImageRef
 from muco_ds.errors import UserError
 
@@ -84,3 +84,13 @@ def _picture(given: Any, name: str) -> ImageRef:
             "[height, width], or [height, width, 3] in RGB"
         )
     return Image.fromarray(given.copy())  # whoever fills the array anew must not change what waits to be encoded
+
+
+def first_problem(dialogue: Dialogue, look: Callable[[Any], object]) -> tuple[str, str] | None:
+    """The first picture that `look` (`decode`, `read_size`) can't use, and why."""
+    for image in dialogue.images:
+        try:
+            look(image)
+        except ImageError as error:
+            return str(image), str(error)
+    return None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
 from muco_ds.data.templates import END
 from muco_ds.errors import UserError
+from muco_ds.files import file_facts
 from muco_ds.models.adapters import ADAPTER_CONFIG, base_of, trained_ids
 from muco_ds.models.backbones import (
     EMB_TOKEN,
@@ -27,6 +29,10 @@ from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_sett
 MUCO_PIXELS = (256 * 28 * 28, 1280 * 28 * 28)
 COMA_PIXELS = (256 * 28 * 28, 1024 * 28 * 28)
 """Smallest and largest pictures: defaults of the released programs, which do not look at the folder's."""
+
+
+_MADE_OF = {".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".py"}
+_MADE_WITH = {"results.json", "report.json"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,12 @@ class Recognised:
     tokens: str
     images: str
     trained: bool = True
+
+    def facts(self) -> list[tuple[str, int, int]]:
+        """Equal while the files are that decide what the model gives, whatever else lies in its folders."""
+        folders = dict.fromkeys(folder for folder in (self.backbone, self.adapter, self.tokens, self.images) if folder)
+        files = [path for folder in folders for path in sorted(Path(folder).iterdir()) if path.is_file()]
+        return [file_facts(path) for path in files if path.suffix in _MADE_OF and path.name not in _MADE_WITH]
 
     def processing(self) -> Processing:
         """Raises UserError: a tokenizer or image processor that does not load."""

@@ -3,7 +3,7 @@
 A folder holds `shards.json` (what it is made of), `00000.npy`, `00001.npy`, ... each [rows, width] and mapped when
 read, and beside a shard with lines of several rows or none `00000.lines.npy`: int64, where each line's rows start, and
 the end. A shard is there under its name when it is complete, so an ended run goes on with the ones that are missing. A
-row that could not be encoded is zero: embeddings have unit length.
+row that could not be encoded is zero, and listed in `00000.broken.npy`; it is tried again when its pictures are there.
 
 Shape suffixes: L lines of a shard, N rows, D width, S shards.
 """
@@ -23,12 +23,14 @@ import torch
 from tqdm import tqdm
 
 from muco_ds.data.collator import Packer
+from muco_ds.data.decode import decode
 from muco_ds.data.schema import Dialogue
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
 from muco_ds.files import replacing
 from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.encode import Model, encode_windows
+from muco_ds.models.items import first_problem
 
 log = logging.getLogger(__name__)
 
@@ -139,17 +141,23 @@ class Shards:
 
     def broken_rows(self) -> np.ndarray:
         """Rows that could not be encoded: int64, ascending."""
-        found = [np.flatnonzero(~part_ND.any(axis=1)) for part_ND in self.parts()]
-        return np.concatenate(
-            [np.zeros(0, np.int64), *(rows + base for rows, base in zip(found, self._first_row_S1, strict=False))]
-        )
+        found = [self.broken_of(shard) + self._first_row_S1[shard] for shard in range(self.layout.shards)]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    def broken_of(self, shard: int) -> np.ndarray:
+        """Those of a shard, counted from its first row: int64, ascending."""
+        path = self.broken_path(shard)
+        return np.load(path) if path.exists() else np.zeros(0, np.int64)
 
     def line_starts(self, shard: int) -> np.ndarray:
         """First row of each line of a shard, and the end, counted over all shards: int64 [L + 1]."""
+        return self.own_line_starts(shard) + self._first_row_S1[shard]
+
+    def own_line_starts(self, shard: int) -> np.ndarray:
+        """The same, counted from the shard's first row."""
         start, stop = self.layout.bounds(shard)
         path = self.lines_path(shard)
-        own_L1 = np.load(path) if path.exists() else np.arange(stop - start + 1)
-        return own_L1 + self._first_row_S1[shard]
+        return np.load(path) if path.exists() else np.arange(stop - start + 1)
 
     def lines_of(self, rows: np.ndarray) -> np.ndarray:
         """The line, counted from 0, of each of some ascending rows: int64."""
@@ -166,6 +174,9 @@ class Shards:
 
     def lines_path(self, shard: int) -> Path:
         return self.folder / f"{shard:05}.lines.npy"
+
+    def broken_path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05}.broken.npy"
 
     def look(self, shard: int) -> tuple[str | None, int]:
         """What is wrong with a shard's file, if anything, and its rows."""
@@ -224,7 +235,7 @@ def encode_shards(
     shards, pending = Shards(folder, layout), []
     with env.agreement():
         if env.is_main():
-            pending = _begin(shards)
+            pending = _begin(shards, source)
     pending = env.from_main(pending)
     world_size, rank = env.world_size(), env.rank()
     mine = pending[rank::world_size]
@@ -243,7 +254,7 @@ def encode_shards(
         )
         for first in range(0, len(pending), world_size):
             of_round = pending[first : first + world_size]
-            with env.agreement():
+            with env.agreement(patient=True):
                 if rank < len(of_round):
                     try:
                         _write(shards, of_round[rank], source, next(windows), mark_broken)
@@ -255,11 +266,13 @@ def encode_shards(
         return Shards.open(folder)
 
 
-def _begin(shards: Shards) -> list[int]:
+def _begin(shards: Shards, source: Source) -> list[int]:
     """Shards that are to be encoded."""
     folder, layout = shards.folder, shards.layout
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".*.tmp*"):  # what a killed process was writing
+            path.unlink()
         if read_layout(folder) != layout:
             for path in [folder / HEAD, *folder.glob("[0-9]*.npy")]:
                 path.unlink(missing_ok=True)
@@ -274,9 +287,22 @@ def _begin(shards: Shards) -> list[int]:
             pending.append(shard)
             if shards.path(shard).exists():
                 log.warning("%s: it is encoded again", problem)
+        elif _mended(shards, shard, source):
+            pending.append(shard)
+            log.warning("%s: pictures can be used that could not be: it is encoded again", shards.path(shard))
     if pending and (found := layout.shards - len(pending)):
         log.warning("%s: %d of %d shards are there from an earlier run", folder, found, layout.shards)
     return pending
+
+
+def _mended(shards: Shards, shard: int, source: Source) -> bool:
+    """Whether a line that could not be encoded has no picture any more that can't be used, and had one."""
+    places = np.searchsorted(shards.own_line_starts(shard), shards.broken_of(shard), side="right") - 1
+    for line in np.unique(places) + shards.layout.bounds(shard)[0]:
+        (dialogue,) = source.dialogues(int(line), int(line) + 1)
+        if dialogue.images and first_problem(dialogue, decode) is None:
+            return True
+    return False
 
 
 def _write(shards: Shards, shard: int, source: Source, emb_ND: torch.Tensor, mark_broken: bool) -> None:
@@ -292,6 +318,10 @@ def _write(shards: Shards, shard: int, source: Source, emb_ND: torch.Tensor, mar
         raise UserError(f"{source.name(line)}: its embedding is not finite: try another --dtype")
     if len(first_row_L1) != len(rows_ND) + 1 or (np.diff(first_row_L1) != 1).any():
         _save(shards.lines_path(shard), first_row_L1)
+    if odd_N.any():
+        _save(shards.broken_path(shard), np.flatnonzero(odd_N))
+    else:
+        shards.broken_path(shard).unlink(missing_ok=True)
     _save(shards.path(shard), np.where(odd_N[:, None], np.float32(0), rows_ND).astype(shards.layout.dtype))
 
 

@@ -232,6 +232,44 @@ def test_parquet_with_stored_pictures_and_several_files(
     assert "none of the columns text, image, instruction, questions (found: caption)" in capsys.readouterr().err
 
 
+def test_equal_lines_beside_other_pictures_are_other_items(
+    run: Run, folder: Path, tmp_path: Path, model: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        picture(number).save(tmp_path / name / "p.png")
+        (tmp_path / name / "items.jsonl").write_text('{"image": "p.png"}\n')
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(encode_file.Output, "put", _ended)
+        run([], "--input", tmp_path / "a" / "items.jsonl", "--images", tmp_path / "a")
+    assert run([], "--input", tmp_path / "b" / "items.jsonl", "--images", tmp_path / "b") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "emb.npy"), model.encode([{"image": picture(1)}]), atol=1e-6)
+
+
+def test_an_output_is_no_input_of_the_next_run(run: Run, tmp_path: Path) -> None:
+    for output in (("emb.npy",), ("out", "--format", "parquet")):
+        data = tmp_path / f"beside_{output[0]}"
+        data.mkdir()
+        (data / "a.jsonl").write_text('{"text": "first"}\n{"image": "absent.png"}\n')
+        for again in ((), ("--overwrite",)):
+            assert run([], "--input", data, "--output", data / output[0], *output[1:], "--skip_broken", *again) == 0
+    assert len(pq.read_table(data / "out" / "00000.parquet")) == 2
+
+
+def test_folders_of_others_are_left_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own").mkdir()
+    for name in ("report.json", "thesis.txt"):
+        (tmp_path / "own" / name).write_text("{}")
+    assert run(LINES[:1], "--output", tmp_path / "own", "--overwrite") == 2
+    assert "holds other files ('thesis.txt')" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert run(LINES[:1], "--output", ".") == 2
+    assert "name a folder in it" in capsys.readouterr().err
+
+
 def test_lines_are_found_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(item_files, "_STRIDE", 4)
     for name, first in (("a.jsonl", 0), ("b.jsonl", 10)):

@@ -133,11 +133,14 @@ def test_scores_that_differ_by_rounding_are_equal() -> None:
     assert found.better_Q[2].tolist() == [1]
 
 
-def test_rows_of_zeros_are_counted_and_rank_by_their_score() -> None:
+def test_rows_of_zeros_are_counted_and_never_found() -> None:
     target_CD = np.array([[0, 0], [-1, 0], [1, 0], [0, 0]], np.float16)
     answers = Answers(np.array([0, 1]), np.array([1, 2]))
     found = find_answers(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), InMemory(target_CD), answers, 3, [2], device=CPU)
-    assert found.broken == 2 and found.better_Q[2].tolist() == [3, 0]
+    assert found.broken == 2 and found.better_Q[2].tolist() == [1, 0]
+    right_is_broken = Answers(np.array([0]), np.array([0]))
+    found = find_answers(torch.tensor([[1.0, 0.0]]), InMemory(target_CD[:2]), right_is_broken, 1, [2], device=CPU)
+    assert found.better_Q[2].tolist() == [1]
 
 
 def test_chance_is_that_of_drawn_candidates() -> None:

@@ -18,7 +18,7 @@ from muco_ds.errors import UserError
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.shards import Layout, Shards, encode_shards
 
-from tiny_models import embedder, packer
+from tiny_models import embedder, packer, picture
 
 WIDTH = 96
 CPU = torch.device("cpu")
@@ -130,3 +130,26 @@ def test_rows_that_can_not_be_encoded(tmp_path: Path) -> None:
     assert shards.lines_of(shards.broken_rows()).tolist() == [1, 1, 4]
     with pytest.raises(UserError, match=r"^picture absent\.png: no such file$"):
         encode(source, tmp_path / "strict", mark_broken=False)
+
+
+def test_lines_are_tried_again_when_their_pictures_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = Lines([1, 2, 1, 1, 1], broken=[1])
+    folder = tmp_path / "shards"
+    assert encode(source, folder).broken_rows().tolist() == [1, 2]
+    source.asked.clear()
+    encode(source, folder)
+    assert source.asked == [1]  # looked at, and as it was
+    picture(0).save(tmp_path / "absent.png")
+    with caplog.at_level(logging.WARNING):
+        shards = encode(source, folder)
+    assert len(shards.broken_rows()) == 0 and shards.read(0, 6).any(axis=1).all()
+    assert "pictures can be used that could not be" in caplog.text
+
+
+def test_what_a_killed_writer_left_goes_away(tmp_path: Path) -> None:
+    (tmp_path / ".00000.npy.tmp77").write_bytes(b"half")
+    encode(Lines([1]), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.npy", "shards.json"]
