@@ -67,7 +67,8 @@ def find_scores(checkpoint: Path, given: Path | None) -> list[tuple[str, Results
     """What is known of a checkpoint's quality: its run's last validation, and results of evaluations.
 
     Args:
-        given: results.json of an evaluation; else those in the run's folder that are younger than the checkpoint.
+        given: results.json of an evaluation; else, for the run's newest checkpoint, those in its folder that are
+            younger: beside an older one they may be of a later export.
     Raises:
         UserError: `given` is none.
     """
@@ -76,9 +77,9 @@ def find_scores(checkpoint: Path, given: Path | None) -> list[tuple[str, Results
     found: list[tuple[str, Results]] = []
     if (run / "metrics.jsonl").is_file() and (held_out := _validation(run / "metrics.jsonl", step)) is not None:
         found.append(held_out)
-    files = (
-        [given] if given else [f for f in sorted(run.glob("*/results.json")) if f.stat().st_mtime > written.st_mtime]
-    )
+    newest = max((path.name for path in checkpoint.parent.glob("step_*") if path.suffix != ".tmp"), default="")
+    results_files = sorted(run.glob("*/results.json")) if checkpoint.name == newest else []
+    files = [given] if given else [file for file in results_files if file.stat().st_mtime > written.st_mtime]
     for file in files:
         try:
             results = json.loads(file.read_text())

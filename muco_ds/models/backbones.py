@@ -82,10 +82,14 @@ def new_rows(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def compression_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of the compression tokens in a tokenizer, by their numbers."""
-    pattern = re.compile(re.escape(COMPRESSION_TOKEN).replace(r"\{\}", r"(\d+)"))
-    found = ((pattern.fullmatch(token), row) for token, row in tokenizer.get_vocab().items())
-    return [row for _, row in sorted((int(match[1]), row) for match, row in found if match)]
+    """Ids of the compression tokens in a tokenizer, by their numbers. Raises UserError where one of them is missing."""
+    pattern = re.compile(re.escape(COMPRESSION_TOKEN).replace(r"\{\}", r"\d+"))
+    vocabulary = tokenizer.get_vocab()
+    names = [COMPRESSION_TOKEN.format(i) for i in range(sum(map(bool, map(pattern.fullmatch, vocabulary))))]
+    if missing := [name for name in names if name not in vocabulary]:
+        problem = f"has {len(names)} compression tokens but no {missing[0]}"
+        raise UserError(f"'{tokenizer.name_or_path}' {problem}: copy its tokenizer again")
+    return [vocabulary[name] for name in names]
 
 
 def unknown_compression_ids(path: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -60,7 +60,7 @@ def plan_packs(
     groups: dict[tuple, tuple[tuple[ImageRef, ...], list[int]]] = {}
     row = 0
     for dialogue in dialogues:
-        key = tuple(image if isinstance(image, str) else id(image) for image in dialogue.images)
+        key = tuple(_key(image) for image in dialogue.images)
         groups.setdefault(key, (dialogue.images, []))[1].extend(range(row, row + len(dialogue.turns)))
         row += len(dialogue.turns)
     vision = _vision_tokens(packer, [image for images, _ in groups.values() for image in images], each, mark_broken)
@@ -138,10 +138,18 @@ def _vision_tokens(
         except ImageError as error:
             return error
 
-    for image, found in zip(images, each(tokens, images), strict=True):
-        if not isinstance(found, ImageError):
-            yield found
+    distinct = {_key(image): image for image in images}  # threads must not read one object at a time
+    found = dict(zip(distinct, each(tokens, distinct.values()), strict=True))
+    for image in images:
+        count = found[_key(image)]
+        if not isinstance(count, ImageError):
+            yield count
         elif mark_broken:
             yield None
         else:
-            raise UserError(f"picture {image}: {found}") from found
+            raise UserError(f"picture {image}: {count}") from count
+
+
+def _key(image: ImageRef) -> str | int:
+    """Equal where it is the same path or object: nobody compares pixels."""
+    return image if isinstance(image, str) else id(image)

@@ -11,21 +11,19 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import lru_cache, partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from fastapi import Response
 from nicegui import app, events, run, ui
-from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from muco_ds.data.decode import FORMATS, ImageError, StoredPicture, decode
+from muco_ds.data.decode import FORMATS, ImageError
 from muco_ds.errors import UserError
 from muco_ds.pages.collection import Hit
-from muco_ds.pages.searcher import Answer, Query, Searcher
+from muco_ds.pages.searcher import MAX_TEXT, Answer, Dropped, Query, Searcher
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +32,9 @@ MAX_UPLOAD = 20 * 2**20
 
 COUNTS = (12, 24, 48, 96)
 PICTURED = {"all": None, "pictures": True, "texts": False}
-PREVIEW = 192
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = {"127.0.0.1": "127.0.0.1", "localhost": "localhost", "::1": "[::1]"}
+"""--host of this machine alone, and how a browser names it."""
+
 STYLE = Path(__file__).with_name("search.css")
 DROP = Path(__file__).with_name("search.js")
 
@@ -44,7 +43,7 @@ def serve(searcher: Searcher, *, host: str, port: int, top: int) -> None:
     """Serve the page until the program is ended. Raises UserError where the port can't be used."""
     check_port(host, port)
     if host in LOCAL:  # another site's name that leads here must not reach what is on this machine
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL.values()])
     app.add_middleware(UploadLimit)
     app.get("/picture/{row}/{number}")(picture_route(searcher))
     started = int(time.time())
@@ -105,7 +104,7 @@ class SearchPage:
 
     def __init__(self, searcher: Searcher, top: int, version: str) -> None:
         self.searcher, self.top, self.version = searcher, top, version
-        self.picture: Image.Image | None = None
+        self.dropped: Dropped | None = None
         self.asked = 0
         self.again: Callable[[], Awaitable[None]] = self.search
 
@@ -143,7 +142,8 @@ class SearchPage:
             self.preview = ui.element("div").classes("preview")
             self.preview.set_visibility(False)
             self.text = ui.input(placeholder="Ask a question, or drop a picture anywhere")
-            self.text.props("borderless dense autofocus aria-label=question").classes("question")
+            self.text.props("borderless dense autofocus aria-label=question")
+            self.text.props(f"maxlength={MAX_TEXT}").classes("question")
             self.text.on("keydown.enter", self.search)
             self.choose = ui.button(icon="add_photo_alternate").props("flat round color=none aria-label=picture")
             self.choose.tooltip("drop, paste or choose a picture")
@@ -159,7 +159,8 @@ class SearchPage:
             self.count = ui.select(counts, value=self.top, label="results", on_change=self._again)
             self.count.props("dense borderless options-dense").classes("count")
             self.instruction = ui.input(placeholder="instruction before the question (optional)")
-            self.instruction.props("dense borderless aria-label=instruction").classes("instruction")
+            self.instruction.props(f"dense borderless aria-label=instruction maxlength={MAX_TEXT}")
+            self.instruction.classes("instruction")
             self.instruction.on("keydown.enter", self.search)
 
     def _receive_pictures(self) -> None:
@@ -185,28 +186,26 @@ class SearchPage:
             return
         content = await event.file.read()
         try:
-            picture = await run.io_bound(decode, StoredPicture(name, partial(BytesIO, content)))
+            dropped = await run.io_bound(self.searcher.dropped, name, content)
         except ImageError as error:
             self._say(f"{name} {error}: drop a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file", wrong=True)
             return
-        if picture is not None:
-            self._show_picture(picture)
+        if dropped is not None:
+            self._show_picture(dropped)
             await self.search()
 
     def _rejected(self) -> None:
         self.upload.reset()
         self._say(f"Only pictures of at most {MAX_UPLOAD >> 20} MiB are taken.", wrong=True)
 
-    def _show_picture(self, picture: Image.Image | None) -> None:
-        self.picture = picture
+    def _show_picture(self, dropped: Dropped | None) -> None:
+        self.dropped = dropped
         self.preview.clear()
-        self.preview.set_visibility(picture is not None)
-        if picture is None:
+        self.preview.set_visibility(dropped is not None)
+        if dropped is None:
             return
-        small = picture.copy()
-        small.thumbnail((PREVIEW, PREVIEW))
         with self.preview:
-            ui.image(small)
+            ui.image(dropped.preview)
             remove = ui.button(icon="close", color=None, on_click=self._remove_picture)
             remove.props("round dense size=xs aria-label=remove")
 
@@ -214,7 +213,8 @@ class SearchPage:
         self._show_picture(None)
 
     async def search(self) -> None:
-        query = Query(self.text.value or "", self.picture, self.instruction.value or "")
+        picture = None if self.dropped is None else self.dropped.picture
+        query = Query(self.text.value or "", picture, self.instruction.value or "")
         self.again = self.search
         await self._answer(partial(self.searcher.search, query), "")
 

@@ -5,21 +5,43 @@ Shape suffixes: D embedding size.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from muco_ds.data.decode import ImageError
+from muco_ds.data.decode import ImageError, StoredPicture, decode, read_size
 from muco_ds.errors import UserError
 from muco_ds.models.embedder import Embedder
 from muco_ds.pages.collection import Collection, Hit
 
 SAME = 0.9
 """Cosine above which an embedding is the one that was stored; bf16 beside fp32 stays above 0.99."""
+
+MAX_TEXT = 4000
+"""Characters of a question, and of an instruction: attention's memory on a CPU grows with their square."""
+
+MAX_PIXELS = 50_000_000
+"""Of a picture that is dropped: a file of a few KB may decode to much more."""
+
+KEPT_PIXELS = 2**22
+"""To which a larger one is shrunk, unless the model looks at more."""
+
+PREVIEW = 192
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A picture that a visitor gave, and what is shown of it."""
+
+    picture: Image.Image
+    preview: Image.Image
 
 
 @dataclass(frozen=True)
@@ -31,9 +53,11 @@ class Query:
     instruction: str = ""
 
     def item(self) -> dict[str, Any]:
-        """What `Embedder.encode` takes. Raises UserError for a query without content."""
+        """What `Embedder.encode` takes. Raises UserError for a query without content, or with too much of it."""
         if not self.text.strip() and self.picture is None:
             raise UserError("Type a question or drop a picture.")
+        if max(len(self.text), len(self.instruction)) > MAX_TEXT:
+            raise UserError(f"A question or an instruction may have {MAX_TEXT:,} characters: shorten it.")
         item = {"text": self.text.strip(), "instruction": self.instruction.strip(), "image": self.picture}
         return {key: value for key, value in item.items() if value}
 
@@ -56,7 +80,9 @@ class Searcher:
 
     def __init__(self, embedder: Embedder, collection: Collection) -> None:
         self._embedder, self.collection = embedder, collection
-        self._lock = threading.Lock()
+        self._lock, self._decoding = threading.Lock(), threading.Lock()
+        assert embedder.packer is not None, "from_pretrained"
+        self._kept_pixels = max(KEPT_PIXELS, embedder.packer.images.limits.max_pixels)
         self._dim = collection.rows.width
         if self._dim > embedder.sizes[-1]:
             raise UserError(
@@ -64,6 +90,20 @@ class Searcher:
                 "give the --model that wrote them"
             )
         self._check_same()
+
+    def dropped(self, name: str, content: bytes) -> Dropped:
+        """A visitor's picture from the bytes of its file. Raises ImageError."""
+        file = StoredPicture(name, partial(BytesIO, content))
+        width, height = read_size(file)
+        if width * height > MAX_PIXELS:
+            raise ImageError(f"has {width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million")
+        with self._decoding:  # one large picture at a time
+            picture = decode(file)
+            if (scale := math.sqrt(self._kept_pixels / (width * height))) < 1:
+                picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+        preview = picture.copy()
+        preview.thumbnail((PREVIEW, PREVIEW))
+        return Dropped(picture, preview)
 
     def search(self, query: Query, count: int, *, pictured: bool | None = None) -> Answer:
         """Encode and search. Raises UserError for a query without content."""

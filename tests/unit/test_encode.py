@@ -326,3 +326,13 @@ def test_a_picture_that_is_but_opened_is_read_before_threads_meet_it(tmp_path: P
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="does not decode"):
         plan_packs(packer(), [Dialogue(("what is it",), (Image.open(path),))], 64, mark_broken=False)
+
+
+def test_an_opened_picture_in_several_lists_is_read_by_one_thread(model: Embedder, tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    picture(0, 900, 900).save(path)
+    other = picture(1)
+    for _ in range(4):
+        one = Image.open(path)
+        items = [one, {"image": [one, one]}, {"image": [one, other]}, {"image": [other, one]}]
+        assert model.encode(items).shape == (4, 96)

@@ -148,6 +148,13 @@ def test_scores_are_the_last_validation_and_younger_evaluations(tmp_path: Path) 
     assert "|  | precision@1 | queries | candidates | chance |" in text
     assert "| overall | 0.3750 | 8 | 5 | 0.2000 |" in text
 
+    earlier = checkpoint.with_name("step_0000300")  # the evaluation may be of another checkpoint's export
+    earlier.mkdir()
+    (earlier / "meta.json").write_text(json.dumps(meta() | {"step": 450}))
+    os.utime(earlier / "meta.json", (then - 9, then - 9))
+    checkpoint.with_name("step_0000700.tmp").mkdir()
+    assert find_scores(earlier, None) == found[:1] and find_scores(checkpoint, None) == found
+
     other = tmp_path / "other.json"
     other.write_text(json.dumps(results))
     assert [title for title, _ in find_scores(checkpoint, other)] == [found[0][0], "other.json"]

@@ -218,6 +218,13 @@ def test_a_released_coma_folder_is_read_through_its_compression_tokens(tmp_path:
         np.testing.assert_allclose(got_D, want_D, atol=1e-5, rtol=0)
 
 
+def test_compression_tokens_are_all_there_or_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder("qwen2_vl"), tmp_path / "CoMa"))
+    add_tokens(folder, [f"<|ctoken_pad_{i}|>" for i in range(1, 9)])
+    with pytest.raises(UserError, match=r"has 8 compression tokens but no <\|ctoken_pad_0\|>: copy"):
+        recognise(str(folder))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_backbone_embeds_with_one_warning(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = Path(shutil.copytree(model_folder(kind), tmp_path / "Qwen"))

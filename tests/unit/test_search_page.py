@@ -6,7 +6,8 @@ import asyncio
 import io
 import json
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from muco_ds.models.embedder import Embedder
 from muco_ds.models.item_files import ItemFiles
 from muco_ds.models.shards import Layout, Shards
 from muco_ds.pages import collection as module
+from muco_ds.pages import searcher as searcher_module
 from muco_ds.pages.collection import Collection, open_collection
-from muco_ds.pages.searcher import Query, Searcher
+from muco_ds.pages.searcher import Dropped, Query, Searcher
 
 from demo import run_here
 from tiny_models import export, picture
@@ -124,6 +126,29 @@ def test_a_query_needs_content(searcher: Searcher) -> None:
         searcher.search(Query(" \n", None, "an instruction alone"), 3)
 
 
+def test_a_query_is_no_book(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Embedder, "encode", None)  # nothing is encoded
+    for query in (Query("word " * 1000), Query("a", None, "word " * 1000)):
+        with pytest.raises(UserError, match=r"may have 4,000 characters: shorten it"):
+            searcher.search(query, 3)
+
+
+def test_what_is_dropped_is_shrunk_and_within_the_limit(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dropped(width: int, height: int) -> Dropped:
+        buffer = io.BytesIO()
+        Image.new("1", (width, height)).save(buffer, "PNG")
+        return searcher.dropped("a.png", buffer.getvalue())
+
+    assert dropped(900, 300).picture.size == (900, 300) and dropped(900, 300).preview.size == (192, 64)
+    large = dropped(6000, 1500).picture
+    assert large.mode == "RGB" and large.size == (4096, 1024)
+    monkeypatch.setattr(searcher_module, "decode", None)  # refused unread
+    with pytest.raises(ImageError, match="has 13370 x 13370 pixels, more than 50 million"):
+        dropped(13370, 13370)
+    with pytest.raises(ImageError, match="is not a picture"):
+        searcher.dropped("a.png", b"no picture")
+
+
 def test_folder_of_shards_as_one_file(searcher: Searcher, made: Path, tmp_path: Path) -> None:
     rows_ND = np.load(made / "emb.npy")
     layout = Layout("key", 6, rows_ND.shape[1], "float32", shard_lines=4)
@@ -195,7 +220,7 @@ def test_what_is_missing_and_how_to_get_it(
         open_collection(str(made / "items.jsonl"), made / "emb.npy", None)
 
 
-def answer_of(headers: list[tuple[bytes, bytes]]) -> int | None:
+def answer_of(headers: list[tuple[bytes, bytes]], guard: Callable[..., Any] | None = None) -> int | None:
     """Status with which a POST is refused; None where it is passed on."""
     pytest.importorskip("nicegui")
     from muco_ds.pages.search_page import UploadLimit
@@ -213,7 +238,7 @@ def answer_of(headers: list[tuple[bytes, bytes]]) -> int | None:
             statuses.append(message["status"])
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
-    asyncio.run(UploadLimit(application)(scope, receive, send))
+    asyncio.run((guard or UploadLimit)(application)(scope, receive, send))
     return statuses[0]
 
 
@@ -221,3 +246,15 @@ def test_a_body_over_the_limit_is_refused_unread() -> None:
     assert answer_of([(b"content-length", b"1000000")]) is None
     assert answer_of([(b"content-length", str(21 * 2**20).encode())]) == 413
     assert answer_of([]) == 413, "of unknown length"
+
+
+def test_this_machine_is_served_under_its_own_names_alone() -> None:
+    pytest.importorskip("nicegui")
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from muco_ds.pages.search_page import LOCAL
+
+    guard = partial(TrustedHostMiddleware, allowed_hosts=[*LOCAL.values()])
+    for host in ("127.0.0.1:8080", "localhost:8080", "[::1]:8080"):
+        assert answer_of([(b"host", host.encode())], guard) is None, host
+    assert answer_of([(b"host", b"elsewhere.org:8080")], guard) == 400
