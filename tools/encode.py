@@ -98,17 +98,12 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     import torch  # imports take seconds; a typo in the command line should not
 
+    from muco_ds.models.device import device_of
     from muco_ds.models.embedder import Embedder
     from muco_ds.models.encode_file import Output, encode_file
     from muco_ds.models.item_files import ItemFiles
 
-    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
-    if args.device is not None and args.device.startswith("cuda"):
-        number = args.device.partition(":")[2] or "0"
-        if not number.isdigit() or int(number) >= torch.cuda.device_count():
-            raise UserError(f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    device = env.start() if env.world_size() > 1 else args.device
+    device = env.start() if env.world_size() > 1 else device_of(args.device)
     items = None
 
     def read() -> None:

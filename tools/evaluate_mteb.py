@@ -6,7 +6,8 @@
 
 `python -c 'import mteb; print([task.metadata.name for task in mteb.get_tasks()])'` lists the tasks. Their data come
 from the hub. A finished task is kept in mteb's own format below the output folder and not evaluated again;
-results.json there holds the main score of each task. What can't be fetched is named, and the others are scored.
+results.json there holds the main score of each task that this model was ever scored on. What can't be fetched, or is
+about sounds or films, is named, and the others are scored.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.files import replacing
-from muco_ds.models.recognise import recognise
 
 
 def arguments() -> argparse.Namespace:
@@ -72,11 +72,16 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def evaluate(model: Any, tasks: list[Any], output: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Score tasks one by one, and write results.json after each: (its entries, what kept tasks from being scored)."""
+    """Score tasks one by one, and write results.json after each: (its entries, earlier ones of the same model among
+    them; what kept tasks from being scored)."""
     mteb = load_mteb()
-    entries: dict[str, dict[str, Any]] = {}
+    entries = kept_entries(output, model)
     failures = []
     for task in tasks:
+        metadata = task.metadata
+        if other := sorted(set(metadata.modalities) - {"text", "image"}):
+            failures.append(f"{metadata.name}: is about {' and '.join(other)}: the model embeds texts and pictures")
+            continue
         for part in [task, *getattr(task, "tasks", [])]:
             part.load_data = _named(part.load_data, part.metadata)
         try:
@@ -84,16 +89,26 @@ def evaluate(model: Any, tasks: list[Any], output: Path) -> tuple[dict[str, dict
         except UserError as error:
             failures.append(str(error))
             continue
-        metadata = task.metadata
         entries[metadata.name] = {
             "main_score": result.get_score(),
             "metric": metadata.main_score,
             "type": metadata.type,
         }
         mean = sum(entry["main_score"] for entry in entries.values()) / len(entries)
+        overall = {"main_score": mean, "tasks": len(entries), "revision": model.mteb_model_meta.revision}
         with replacing(output / "results.json") as work:
-            work.write_text(json.dumps({"overall": {"main_score": mean, "tasks": len(entries)}, **entries}, indent=2))
+            work.write_text(json.dumps({"overall": overall, **entries}, indent=2))
     return entries, failures
+
+
+def kept_entries(output: Path, model: Any) -> dict[str, dict[str, Any]]:
+    """Tasks that results.json holds of the same model."""
+    try:
+        entries = json.loads((output / "results.json").read_text())
+        same = entries.pop("overall")["revision"] == model.mteb_model_meta.revision
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return entries if same else {}
 
 
 def _named(load: Any, metadata: Any) -> Any:
@@ -117,13 +132,17 @@ def main() -> int:
         raise UserError(f"--pack_tokens {args.pack_tokens}: give at least 1")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: '{args.output}' is no folder")
+    from muco_ds.models.device import device_of  # seconds
+    from muco_ds.models.recognise import recognise
+
+    device, found = device_of(args.device), recognise(str(args.model))
     tasks = find_tasks(args.tasks, args.benchmark)
-    from muco_ds.models.embedder import Embedder  # seconds
+    from muco_ds.models.embedder import Embedder
     from muco_ds.mteb_model import MtebModel
 
-    embedder = Embedder.from_pretrained(args.model, device=args.device)
+    embedder = Embedder.from_pretrained(args.model, device=device)
     dtype = str(next(embedder.parameters()).dtype)
-    digest = hashlib.blake2b(json.dumps([recognise(str(args.model)).facts(), args.dim, dtype]).encode(), digest_size=8)
+    digest = hashlib.blake2b(json.dumps([found.facts(), args.dim, dtype]).encode(), digest_size=8)
     name = f"local/{args.model.resolve().name}"
     model = MtebModel(embedder, name=name, revision=digest.hexdigest(), pack_tokens=args.pack_tokens, dim=args.dim)
     entries, failures = evaluate(model, tasks, args.output)

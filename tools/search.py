@@ -39,8 +39,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--top {args.top}: give at least 1")
     if not args.embeddings.exists():
         raise UserError(f"--embeddings: no such file '{args.embeddings}': write it with tools/encode.py")
-    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
     read_settings(str(args.model))
 
 
@@ -53,14 +51,16 @@ def main() -> int:
         import nicegui  # noqa: F401
     except ImportError as error:
         raise UserError(f"the page needs NiceGUI ({error}): pip install nicegui") from error
+    from muco_ds.models.device import device_of
     from muco_ds.models.embedder import Embedder
     from muco_ds.pages.collection import open_collection
     from muco_ds.pages.search_page import check_port, serve
     from muco_ds.pages.searcher import Searcher
 
     check_port(args.host, args.port)  # before the seconds that follow
+    device = device_of(args.device)
     collection = open_collection(args.input, args.embeddings, args.images)
-    embedder = Embedder.from_pretrained(str(args.model), device=args.device)
+    embedder = Embedder.from_pretrained(str(args.model), device=device)
     serve(Searcher(embedder, collection), host=args.host, port=args.port, top=args.top)
     return 0
 

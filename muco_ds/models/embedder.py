@@ -27,6 +27,7 @@ from muco_ds.families import reads_last_layer
 from muco_ds.losses.matryoshka import prefix
 from muco_ds.models.adapters import with_adapter
 from muco_ds.models.backbones import load_backbone
+from muco_ds.models.device import device_of
 from muco_ds.models.encode import encode_windows, windows_of
 from muco_ds.models.folder import SETTINGS_FILE
 from muco_ds.models.items import Item, Picture, asked, dialogues_of
@@ -156,7 +157,7 @@ class Embedder(nn.Module):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        base: str | None = None,
+        base: str | os.PathLike[str] | None = None,
     ) -> Embedder:
         """A model folder, ready to encode: one written by tools/convert_ckpt.py, or a released one (`recognise`).
 
@@ -165,10 +166,10 @@ class Embedder(nn.Module):
             dtype: default bf16 on CUDA, fp32 on a CPU.
             base: folder of an adapter's backbone; default: the one that the adapter names.
         Raises:
-            UserError: a folder of another kind of model, or one with a weight missing.
+            UserError: a folder of another kind of model, or one with a weight missing; a device that is not there.
         """
-        found = recognise(os.fspath(path), base)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = recognise(os.fspath(path), None if base is None else os.fspath(base))
+        device = device_of(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         processing = found.processing()
         model = load_backbone(found.backbone, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,10 @@ class SmallPicturesRetrieval(AbsTaskRetrieval):
 class PictureFirst(SmallPicturesRetrieval):
     metadata = metadata(name="PictureFirstRetrieval")
     text_first = False
+
+
+class Sounds(SmallPicturesRetrieval):
+    metadata = metadata(name="SoundsRetrieval", modalities=["audio", "text"])
 
 
 class Unreachable(SmallPicturesRetrieval):
@@ -167,7 +172,7 @@ def test_a_tasks_prompt_is_for_queries(prompt: Any, query: Any, document: Any, n
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """mteb's lists hold what is in this file."""
-    found = (SmallPicturesRetrieval, PictureFirst, Unreachable)
+    found = (SmallPicturesRetrieval, PictureFirst, Sounds, Unreachable)
     monkeypatch.setattr(mteb, "get_tasks", lambda **_: [task() for task in found])
     benchmark = SimpleNamespace(name="MIEB(lite)", tasks=[SmallPicturesRetrieval()])
     monkeypatch.setattr(mteb, "get_benchmarks", lambda: [benchmark])  # the real list takes seconds
@@ -188,7 +193,11 @@ def test_the_tool_keeps_results_and_names_what_it_cannot_fetch(
     assert line in said.err and "Traceback" not in said.err and "SmallPicturesRetrieval" in said.out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     score = results["SmallPicturesRetrieval"]["main_score"]
-    assert results["overall"] == {"main_score": score, "tasks": 1}
+    assert {name: results["overall"][name] for name in ("main_score", "tasks")} == {"main_score": score, "tasks": 1}
+    assert run("PictureFirstRetrieval", "SoundsRetrieval") == 2
+    assert "SoundsRetrieval: is about audio: the model embeds texts and pictures" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["overall"]["tasks"] == 2 and results["SmallPicturesRetrieval"]["main_score"] == score
 
     monkeypatch.setattr(Embedder, "encode", None)  # what is finished is not encoded again
     assert run("SmallPicturesRetrieval") == run() == 0
@@ -210,10 +219,21 @@ def test_the_tool_names_mistakes(
     assert "no task 'x': see --help" in refusal("--tasks", "x")
     assert "--benchmark: mteb has no 'MIEB(light)': did you mean MIEB(lite)" in refusal("--benchmark", "MIEB(light)")
     assert "--tasks: name at least one" in refusal()
+    assert "device foo: give cpu, cuda or cuda:N" in refusal("--tasks", "x", "--device", "foo")
     assert "--pack_tokens 0" in refusal("--tasks", "SmallPicturesRetrieval", "--pack_tokens", 0)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "mteb", None)
         assert "mteb is not installed" in refusal("--tasks", "SmallPicturesRetrieval")
+
+
+def test_another_model_begins_its_own_results(embedder: Embedder, tmp_path: Path) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "evaluate_mteb.py"))
+    (tmp_path / "results.json").write_text(json.dumps({"overall": {"revision": "1"}, "task": {"main_score": 0.5}}))
+    for revision, kept in (("1", ["task"]), ("2", [])):
+        model = MtebModel(embedder, name="a/b", revision=revision)
+        assert list(tool["kept_entries"](tmp_path, model)) == kept
+    (tmp_path / "results.json").write_text("[1]")
+    assert tool["kept_entries"](tmp_path, model) == {}
 
 
 def test_a_mistake_of_the_embedder_stays_one(embedder: Embedder) -> None:

@@ -186,7 +186,7 @@ def test_a_released_adapter_is_added_to_its_backbone(released: Path, tmp_path: P
 
     backbone = tmp_path / "backbone"  # of the same names and sizes, but without the tokens
     shutil.copytree(model_folder("qwen2_vl"), backbone)
-    again_ND = Embedder.from_pretrained(tmp_path / "adapter", device="cpu", base=str(backbone)).encode(["a dog"])
+    again_ND = Embedder.from_pretrained(tmp_path / "adapter", device="cpu", base=backbone).encode(["a dog"])
     np.testing.assert_allclose(again_ND, got_ND[:1], atol=1e-5, rtol=0)
     add_tokens(backbone, ["<|other|>"])
     with pytest.raises(UserError, match=r"trained row \d+ of the vocabulary, which is no embedding token"):
@@ -261,6 +261,8 @@ def test_other_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a 'bert' model; supported: qwen2_vl"):
         Embedder.from_pretrained(tmp_path / "bert")
     folder = Path(shutil.copytree(model_folder("qwen2_vl"), tmp_path / "model"))
+    with pytest.raises(UserError, match="device foo: give cpu, cuda or cuda:N"):
+        Embedder.from_pretrained(folder, device="foo")
     with pytest.raises(UserError, match="is no adapter, leave its base out"):
         Embedder.from_pretrained(folder, base=str(folder))
     for name in ("tokenizer.json", "tokenizer_config.json"):

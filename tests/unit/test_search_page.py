@@ -210,6 +210,9 @@ def test_what_is_missing_and_how_to_get_it(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model", made / "model", "--input", made / "items.jsonl", "--embeddings", made / "emb.npy"]
+    for device in ("cpu:x", "cuda:99", "tpu"):
+        assert run_here(monkeypatch, TOOL, *arguments, "--port", "0", "--device", device) == 2
+        assert f"error: device {device}: " in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "nicegui", None)
     assert run_here(monkeypatch, TOOL, *arguments) == 2
     assert "the page needs NiceGUI" in (said := capsys.readouterr().err) and "pip install nicegui" in said
