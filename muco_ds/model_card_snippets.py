@@ -5,6 +5,7 @@ from __future__ import annotations
 SNIPPETS = """## Use
 
 Three ways to the same vectorsSAME. Run in this folder, or put its path in place of the dot.
+Pictures with a side under 28 px are the exception: muco_ds makes them 56 x 56 first, as in training, the others do not.
 
 ### muco_ds
 

@@ -204,25 +204,27 @@ class Embedder(nn.Module):
             dim: the first `dim` components alone, at unit length again, [N, dim]: good where the model was trained for
                 that size (`sizes`, `loss.matryoshka`), of lower quality elsewhere.
         Raises:
-            UserError: an item of another type or without content, a picture that does not decode, a `dim` below 1 or
-                above D.
+            UserError: an item of another type or without content, a picture that does not decode (named by its path), a
+                `dim` or `pack_tokens` that can't be.
         """
         total = len(items) if isinstance(items, Sized) else None
         return self._encode(dialogues_of(items, instruction), total, pack_tokens, progress, dim)
 
     def encode_turns(
-        self, image: Picture | Sequence[Picture], questions: Sequence[str], *, dim: int | None = None
+        self, image: Picture | Sequence[Picture], questions: Iterable[str], *, dim: int | None = None
     ) -> np.ndarray:
         """Embeddings of several questions about one picture (or several seen together), float32 [k, D]; it is encoded
         once. `dim`: see `encode`. Raises UserError as that does."""
-        dialogues = [asked(image, questions)] if questions else []
-        return self._encode(dialogues, total=None, pack_tokens=None, progress=False, dim=dim)
+        dialogue = asked(image, questions)
+        return self._encode([dialogue] if dialogue.turns else [], total=None, pack_tokens=None, progress=False, dim=dim)
 
     def check_dim(self, dim: int | None) -> int:
         """`dim`, or the whole embedding's. Raises UserError for one that embeddings do not have."""
         dim = self.sizes[-1] if dim is None else dim
-        if not 1 <= dim <= self.sizes[-1]:
-            raise UserError(f"dim is {dim} but embeddings have {self.sizes[-1]} components: give 1 to {self.sizes[-1]}")
+        if type(dim) is bool or not isinstance(dim, (int, np.integer)) or not 1 <= dim <= self.sizes[-1]:
+            raise UserError(
+                f"dim is {dim!r} but embeddings have {self.sizes[-1]} components: give 1 to {self.sizes[-1]}"
+            )
         if dim not in self.sizes:
             log.warning("dim=%d: the model was trained for embeddings of %s components", dim, self.sizes)
         return dim

@@ -114,8 +114,10 @@ def encode_windows(
 ) -> Iterator[torch.Tensor]:
     """As `encode_dialogues`, window by window: [N, D] of each, for more dialogues than fit in memory.
 
-    `windows` is read ahead, in another thread.
+    `windows` is read ahead, in another thread. Raises UserError for `pack_tokens` that are no number above 0, too.
     """
+    if pack_tokens is not None and (not isinstance(pack_tokens, (int, np.integer)) or pack_tokens < 1):
+        raise UserError(f"pack_tokens is {pack_tokens!r}: give a whole number, at least 1")
     pack_tokens = pack_tokens or PACK_TOKENS["cuda" if device.type == "cuda" else "cpu"]
     with ThreadPoolExecutor(1) as planner, ThreadPoolExecutor(_DECODERS) as decoders:
         crew = _Crew(packer, decoders, pack_tokens, shared, mark_broken, pin=device.type == "cuda")

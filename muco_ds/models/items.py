@@ -46,23 +46,34 @@ def dialogue_of(item: Item, name: str, instruction: str | None = None) -> Dialog
         raise UserError(f"{name}: give a text, a picture, or a dict with 'text', 'image', 'instruction'")
     images = pictures_of(item.get("image"), f"{name}: 'image'")
     own = item.get("instruction")
-    parts = [part for part in (instruction if own is None else own, item.get("text")) if part]
+    parts = [part for part in (instruction if own is None else own, item.get("text")) if part is not None]
     if not all(isinstance(part, str) for part in parts):
         raise UserError(f"{name}: 'text' and 'instruction' must be strings")
-    text = "\n".join(parts)
+    text = "\n".join(filter(None, parts))
+    _check_characters(text, name)
     if not text.strip() and not images:
         raise UserError(f"{name}: has neither text nor picture")
     return Dialogue((text,), images)
 
 
-def asked(image: Picture | Sequence[Picture], questions: Sequence[str]) -> Dialogue:
+def asked(image: Picture | Sequence[Picture], questions: Iterable[str]) -> Dialogue:
     """Questions about pictures, each a turn. Raises UserError."""
     images = pictures_of(image, "image")
+    questions = questions if isinstance(questions, str) else tuple(questions)  # a generator is read but once
     if isinstance(questions, str) or not all(isinstance(question, str) for question in questions):
         raise UserError("questions: must be a list of strings")
+    for i, question in enumerate(questions):
+        _check_characters(question, f"questions: {i}")
     if not images and not all(question.strip() for question in questions):
         raise UserError("questions: one has neither text nor picture")
-    return Dialogue(tuple(questions), images)
+    return Dialogue(questions, images)
+
+
+def _check_characters(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: {text[error.start]!r} is half a character: decode the text anew") from error
 
 
 def pictures_of(given: Any, name: str) -> tuple[ImageRef, ...]:

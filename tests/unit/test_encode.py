@@ -93,6 +93,15 @@ def test_no_items_give_no_rows(model: Embedder) -> None:
     assert model.encode(iter([]), dim=8).shape == (0, 8)
     assert model.encode_turns(picture(3), []).shape == (0, 96)
     assert model.encode_turns(picture(3), ["a"]).shape == (1, 96)
+    assert model.encode_turns(picture(3), (question for question in "ab")).shape == (2, 96)
+    assert model.encode_turns(picture(3), iter([])).shape == (0, 96)
+
+
+@pytest.mark.parametrize("option", [{"dim": 1.5}, {"dim": "3"}, {"dim": True}, {"pack_tokens": 0}, {"pack_tokens": -5}])
+def test_numbers_that_cannot_be_are_refused(model: Embedder, option: dict[str, Any]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(UserError, match=f"{name} is {value!r}"):
+        model.encode(["a"], **option)
 
 
 @pytest.mark.parametrize("pack_tokens", [1, 60, 150, 400, 10**6])
@@ -198,6 +207,9 @@ def test_every_turn_gives_a_row_in_order_whatever_the_packs(model: Embedder) -> 
         ({"image": [picture(1), None]}, "'image' must be"),
         ({"text": 5}, "'text' and 'instruction' must be strings"),
         ({"instruction": ["a"], "text": "b"}, "'text' and 'instruction' must be strings"),
+        ({"text": 0, "image": picture(1)}, "'text' and 'instruction' must be strings"),
+        ({"text": [], "image": picture(1)}, "'text' and 'instruction' must be strings"),
+        ("a \ud800 b", r"'\\ud800' is half a character"),
     ],
 )
 def test_bad_items_name_their_position(model: Embedder, item: Any, message: str) -> None:
@@ -215,6 +227,8 @@ def test_bad_questions_and_instructions_are_refused(model: Embedder) -> None:
     for questions in ("What?", ["What?", 5]):
         with pytest.raises(UserError, match="questions: must be a list of strings"):
             model.encode_turns(picture(1), questions)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"questions: 1: .* half a character"):
+        model.encode_turns(picture(1), ["What?", "\udfff"])
     with pytest.raises(UserError, match="questions: one has neither text nor picture"):
         model.encode_turns([], ["What?", " "])
     with pytest.raises(UserError, match="image must be a path"):

@@ -115,6 +115,10 @@ def test_sizes_and_compression_tokens_have_their_parts() -> None:
     assert "Sizes of pictures" not in text and "short side to 640 px" in card(meta(), short_side=640)
 
 
+def test_small_pictures_are_told_apart() -> None:
+    assert "Pictures with a side under 28 px are the exception" in card(meta())
+
+
 def test_the_programs_are_whole() -> None:
     for program in card(meta(), matryoshka=[24, 96], compression_tokens=4).split("```python\n")[1:]:
         compile(program.split("```")[0], "card", "exec")
