@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -33,11 +34,17 @@ def load_config(path: str) -> PretrainedConfig:
     try:
         with open(os.path.join(path, "config.json")) as file:
             model_type = json.load(file).get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"model.path: '{path}' holds a config.json that is no JSON object: copy it again") from error
     if model_type not in FAMILIES:
         raise UserError(f"model.path: '{path}' is a '{model_type}' model; supported: {', '.join(FAMILIES)}")
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"model.path: '{path}' holds a config.json that does not load ({problem}): copy it again"
+        ) from error
     text = config.text_config
     if "sliding_attention" in getattr(text, "layer_types", ()) or text.attention_dropout:
         raise UserError(f"model.path: '{path}' uses sliding windows or attention dropout: packed attention has neither")

@@ -175,8 +175,10 @@ class Embedder(nn.Module):
         model = load_backbone(found.backbone, dtype=dtype, attention="auto", vocabulary=len(processing.tokenizer))
         if found.adapter is not None:
             model = with_adapter(model, found.adapter)
-        if not found.trained and env.is_main():
-            log.warning("%s: was never trained to embed: its vectors say little (see docs/training.md)", path)
+        if env.is_main():
+            log.info("%s: %s", path, found.settings)
+            if found.doubt:
+                log.warning("%s: %s", path, found.doubt)
         embedder = cls(model, freeze_vision=True).to(device).eval()
         use_liger(model, "auto", device)
         embedder.packer = processing.packer(model.config)

@@ -44,7 +44,7 @@ class Recognised:
         adapter: folder of an adapter to these weights, if that is what the model is.
         tokens: folder of the tokenizer.
         images: folder of the image processor's settings.
-        trained: the model was trained to embed.
+        doubt: why its vectors may say little, of a folder that does not say itself how it was trained; "" for none.
     """
 
     settings: Settings
@@ -52,7 +52,7 @@ class Recognised:
     adapter: str | None
     tokens: str
     images: str
-    trained: bool = True
+    doubt: str = ""
 
     def facts(self) -> list[tuple[str, int, int]]:
         """Equal while the files are that decide what the model gives, whatever else lies in its folders."""
@@ -95,27 +95,31 @@ def recognise(path: str, base: str | None = None) -> Recognised:
         path if os.path.isfile(os.path.join(path, file)) else backbone
         for file in ("tokenizer_config.json", "preprocessor_config.json")
     )
-    settings, trained = _settings(path, adapter, tokens, images, config)
-    return Recognised(settings, backbone, path if adapter else None, tokens, images, trained)
+    settings, doubt = _settings(path, adapter, tokens, images, config)
+    return Recognised(settings, backbone, path if adapter else None, tokens, images, doubt)
 
 
-def _settings(path: str, adapter: bool, tokens: str, images: str, config: PretrainedConfig) -> tuple[Settings, bool]:
-    """Settings, and whether the model was trained to embed."""
+def _settings(path: str, adapter: bool, tokens: str, images: str, config: PretrainedConfig) -> tuple[Settings, str]:
+    """Settings, and the doubt."""
     if os.path.isfile(os.path.join(path, SETTINGS_FILE)):
-        return read_settings(path), True
+        return read_settings(path), ""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(tokens)
     except (OSError, ValueError) as error:
         raise UserError(f"'{tokens}' holds no tokenizer that loads: copy its tokenizer files") from error
     vocabulary = tokenizer.get_vocab()
     if compressed := len(compression_ids(tokenizer)):
-        return Settings(EMB_TOKEN, *COMA_PIXELS, None, compression_tokens=compressed, template="plain"), True
+        return Settings(EMB_TOKEN, *COMA_PIXELS, None, compression_tokens=compressed, template="plain"), ""
     if EMB_TOKEN in vocabulary or (adapter and trained_ids(path)):
-        return Settings(EMB_TOKEN, *MUCO_PIXELS, None, template="muco"), True
+        doubt = (
+            f"holds no {SETTINGS_FILE} and is read as MuCo's release, which there is none of for {config.model_type}"
+        )
+        return Settings(EMB_TOKEN, *MUCO_PIXELS, None, template="muco"), doubt * (config.model_type != "qwen2_vl")
     if adapter or END not in vocabulary:
         raise UserError(
             f"'{path}' holds no {SETTINGS_FILE}, and its tokenizer has neither {EMB_TOKEN} nor compression tokens: "
             f"how this {config.model_type} {'adapter' if adapter else 'model'} pools is not known"
         )
     size = load_image_processor(images).size
-    return Settings(END, int(size["shortest_edge"]), int(size["longest_edge"]), None), False
+    doubt = "was never trained to embed: its vectors say little (see docs/training.md)"
+    return Settings(END, int(size["shortest_edge"]), int(size["longest_edge"]), None), doubt

@@ -48,7 +48,7 @@ class Chart:
 
 
 def chart(title: str, series: Mapping[str, Series], *, percent: bool = False) -> Chart | None:
-    """A chart of the series by label; None where none has a value."""
+    """A chart of the series by label; None where none has a value, or they span what floats can't divide."""
     scale = 100.0 if percent else 1.0
     arrays = {
         label: (np.array([step for step, _ in points]), np.array([value for _, value in points]) * scale)
@@ -59,6 +59,8 @@ def chart(title: str, series: Mapping[str, Series], *, percent: bool = False) ->
         return None
     x_axis = _Axis.of(np.concatenate([steps for steps, _ in arrays.values()]), LEFT, WIDTH - RIGHT, padded=False)
     y_axis = _Axis.of(np.concatenate([values for _, values in arrays.values()]), HEIGHT - BOTTOM, TOP, padded=True)
+    if not 1e-300 < y_axis.high - y_axis.low < 1e300:
+        return None
     unit = "%" if percent else ""
     lines = [
         _line(label, i % COLOURS, steps, values, x_axis, y_axis, unit)

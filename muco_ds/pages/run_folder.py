@@ -18,6 +18,9 @@ from muco_ds.errors import UserError
 SHOWN = 12
 """Pictures, and texts, of a tag that are read of a session: the last one and some before it."""
 
+MOST_STEPS = 2**53
+"""Beyond it a float skips whole numbers."""
+
 Metrics = dict[str, Any]
 
 
@@ -61,7 +64,10 @@ class Run:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond floats
+        return False
 
 
 def section(tree: Any, key: str) -> dict[str, Any]:
@@ -118,7 +124,10 @@ def _read_metrics(run: Run) -> list[Metrics]:
     for i, text in enumerate(written):
         try:
             line = json.loads(text)
-            lines[int(line["step"])] = line
+            step = line["step"]
+            if not is_number(step) or step != int(step) or abs(step) > MOST_STEPS:
+                raise ValueError(f"step {step!r}")
+            lines[int(step)] = line | {"step": int(step)}
         except (ValueError, KeyError, TypeError, RecursionError):
             bad += i + 1 < len(written)
     if bad:
@@ -134,7 +143,7 @@ def _read_meta(run: Run) -> dict[str, Any] | None:
         if problem is None:
             try:
                 return json.loads((path / "meta.json").read_text())
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 problem = "meta.json can't be read"
         run.problems.append(f"checkpoints/{path.name} is not complete: {problem}")
     return None
@@ -169,7 +178,7 @@ def _read_results(run: Run, path: Path) -> None:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         entries = {str(name): entry for name, entry in results.items() if isinstance(entry, dict)}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         run.problems.append(f"{path} can't be read ({type(error).__name__})")
         return
     inside = path.is_relative_to(run.folder)

@@ -218,6 +218,16 @@ def test_a_released_coma_folder_is_read_through_its_compression_tokens(tmp_path:
         np.testing.assert_allclose(got_D, want_D, atol=1e-5, rtol=0)
 
 
+def test_a_release_that_there_is_none_of_is_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(shutil.copytree(model_folder("qwen3_vl"), tmp_path / "other"))
+    add_tokens(folder, ["<|emb|>"])
+    with caplog.at_level("INFO", "muco_ds"):
+        Embedder.from_pretrained(folder, device="cpu")
+    said = [(record.levelname, record.message) for record in caplog.records if record.message.startswith(str(folder))]
+    assert [level for level, _ in said] == ["INFO", "WARNING"] and "template='muco'" in said[0][1]
+    assert "is read as MuCo's release, which there is none of for qwen3_vl" in said[1][1]
+
+
 def test_compression_tokens_are_all_there_or_refused(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_folder("qwen2_vl"), tmp_path / "CoMa"))
     add_tokens(folder, [f"<|ctoken_pad_{i}|>" for i in range(1, 9)])
@@ -248,7 +258,7 @@ def test_a_plain_backbone_embeds_with_one_warning(kind: str, tmp_path: Path, cap
 def test_an_exported_folder_says_itself_what_it_is(tmp_path: Path, released: Path) -> None:
     assert recognise(str(released)).settings == Settings("<|emb|>", *PIXELS.values(), None, template="muco")
     found = recognise(str(export(tmp_path / "model")))
-    assert found.trained and found.settings.template == "chat" and found.settings.pool_token == "<|emb|>"
+    assert not found.doubt and found.settings.template == "chat" and found.settings.pool_token == "<|emb|>"
 
 
 def test_other_folders_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -260,6 +270,13 @@ def test_other_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="is a 'bert' model; supported: qwen2_vl"):
         Embedder.from_pretrained(tmp_path / "bert")
+    for content, message in {
+        "[" * 99_999: "no JSON object",
+        '{"model_type": "qwen2_vl", "text_config": 3}': "load",
+    }.items():
+        (tmp_path / "bert" / "config.json").write_text(content)
+        with pytest.raises(UserError, match=rf"holds a config\.json that .*{message}"):
+            Embedder.from_pretrained(tmp_path / "bert")
     folder = Path(shutil.copytree(model_folder("qwen2_vl"), tmp_path / "model"))
     with pytest.raises(UserError, match="device foo: give cpu, cuda or cuda:N"):
         Embedder.from_pretrained(folder, device="foo")

@@ -147,6 +147,23 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     assert [each["step"] for each in run.lines] == [10, 20, 30]
 
 
+@pytest.mark.parametrize("step", ["Infinity", '"5"', "5.5", "1" + "0" * 400, "true"])
+def test_lines_without_a_step_are_left_out(tmp_path: Path, step: str) -> None:
+    folder = write_run(tmp_path / "run", [line(10)], tail=f'{{"step": {step}, "loss": 1.0}}\n')
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line(20, loss=10**400)) + "\n")
+    run = read_run(folder, [])
+    assert "metrics.jsonl: 1 lines can't be read and are left out" in Parsed(render(run)).text
+    assert [each["step"] for each in run.lines] == [10, 20] and run.values("loss") == [(10, 0.5)]
+
+
+def test_results_that_nest_too_deep_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [line(10)])
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "results.json").write_text("[" * 100_000)
+    assert "results.json can't be read (RecursionError)" in Parsed(render(read_run(folder, []))).text
+
+
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [])
     (folder / "metrics.jsonl").unlink()
@@ -241,3 +258,10 @@ def test_one_value_and_none() -> None:
     made = chart("title", {"": [(7, 0.0)]})
     assert made is not None and len(made.lines[0].dots) == 1
     assert chart("title", {"": []}) is None
+
+
+@pytest.mark.parametrize("values", [[1e308, -1e308], [0.0, 5e-324], [1e-320], [1e308]])
+@pytest.mark.parametrize("percent", [False, True])
+def test_what_floats_cannot_divide_has_no_chart(values: list[float], percent: bool) -> None:
+    with np.errstate(over="ignore"):
+        assert chart("title", {"": list(enumerate(values))}, percent=percent) is None
