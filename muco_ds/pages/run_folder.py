@@ -108,7 +108,7 @@ def _read_config(run: Run) -> dict[str, Any]:
     except FileNotFoundError:
         run.problems.append("config.yaml is missing")
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         run.problems.append(f"config.yaml can't be read ({type(error).__name__})")
         return {}
     return config if isinstance(config, dict) else {}

@@ -7,6 +7,7 @@ Shape suffixes: L tokens of a prompt, D embedding size.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -311,3 +312,18 @@ def test_the_muco_chat_template_renders_the_same_prompt(content: Any, released: 
     one = np.ones(1, np.int64)
     (count,), _ = template.count(one * len(ids), one, one * 3 * len(images), one < 0)
     assert count == len(trained.ids_L)
+
+
+def test_facts_change_with_what_decides_alone(tmp_path: Path) -> None:
+    export(tmp_path / "backbone")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "backbone")}))
+    shutil.copy(tmp_path / "backbone" / "muco_ds.json", adapter)
+    for model in (tmp_path / "backbone", adapter):
+        before = recognise(str(model)).facts()
+        for name in ("README.md", "results.json"):
+            (model / name).write_text("scores")
+        assert recognise(str(model)).facts() == before
+        os.utime(tmp_path / "backbone" / "model.safetensors", (len(before), 1))
+        assert recognise(str(model)).facts() != before
