@@ -325,5 +325,5 @@ def test_facts_change_with_what_decides_alone(tmp_path: Path) -> None:
         for name in ("README.md", "results.json"):
             (model / name).write_text("scores")
         assert recognise(str(model)).facts() == before
-        os.utime(tmp_path / "backbone" / "model.safetensors", (len(before), 1))
+        os.utime(tmp_path / "backbone" / "model.safetensors", (1, len(before)))
         assert recognise(str(model)).facts() != before
