@@ -115,7 +115,9 @@ class M3TSuite:
     def score(self, dataset: str, encoder: Encoder) -> dict[str, Entry]:
         entries = self.task.results(self.task.rank(encoder))
         entries["overall"]["left_out"] = self.left_out
-        return entries
+        files = ", ".join("{} ({} bytes)".format(*file_facts(Path(path))) for path in self.reader.files)
+        part = "" if self.limit is None else f", first {self.limit} rows"
+        return {name: {**entry, "version": f"own rows: {files}{part}"} for name, entry in entries.items()}
 
     def results(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         return dict(entries)

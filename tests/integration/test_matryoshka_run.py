@@ -73,7 +73,7 @@ def test_sizes_are_recorded_and_evaluated(out: Path, demo: Demo, programs: Progr
         done, results = job.wait().check(), json.loads((tmp_path / name / "results.json").read_text())
         for entry in results.values():
             keys = {"precision@1", "queries", "candidates", "chance", *(f"precision@1@{size}" for size in sizes)}
-            assert entry.keys() - {"left_out"} == keys
+            assert entry.keys() - {"left_out", "version"} == keys
         header = done.stdout[0].splitlines()[0].split()
         assert header == ["precision@1", *(f"precision@1@{size}" for size in sizes), "queries", "candidates", "chance"]
     too_many = programs.run([*argv, "--output", tmp_path / "no", "--dims", "4", "128"], ranks=2)

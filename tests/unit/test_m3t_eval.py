@@ -13,7 +13,7 @@ from muco_ds.data.readers import M3TReader
 from muco_ds.data.schema import Dialogue, Record, RecordTurn
 from muco_ds.errors import UserError
 from muco_ds.eval.encoder import Encoder
-from muco_ds.eval.m3t import M3TTask
+from muco_ds.eval.m3t import M3TSuite, M3TTask
 
 from tiny_models import demo_folder, embedder, pack, packer
 
@@ -84,3 +84,11 @@ def test_unusable_rows_are_counted_and_left_out(tmp_path: Path) -> None:
     assert left_out == 2 and len(task.records) == 2
     with pytest.raises(UserError, match=r"rows\.parquet.*no usable row; row 0: picture .*absent\.png: no such file"):
         M3TTask.from_reader(reader, limit=1)
+
+
+def test_a_score_says_what_it_is_of() -> None:
+    suite = M3TSuite(held_out(), 2)
+    entries = suite.score("m3t", Encoder(embedder(), packer(), torch.device("cpu"), 2000))
+    size = (demo_folder() / "data" / "test.parquet").stat().st_size
+    assert {entry["version"] for entry in entries.values()} == {f"own rows: test.parquet ({size} bytes), first 2 rows"}
+    assert entries["overall"]["queries"] == 14 and entries["overall"]["left_out"] == 0
