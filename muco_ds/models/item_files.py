@@ -159,8 +159,9 @@ class ItemFiles:
 
 
 def _belongs(path: Path, output: Path) -> bool:
-    """Whether a file is an output, in it or beside it under its name."""
-    return output in (path, *path.parents) or (path.parent == output.parent and path.name.startswith(f"{output.name}."))
+    """Whether a file is an output, in it, or beside an output of one file under its name."""
+    beside = output.suffix == ".npy" and path.parent == output.parent and path.name.startswith(f"{output.name}.")
+    return beside or output in (path, *path.parents)
 
 
 class _Lines:

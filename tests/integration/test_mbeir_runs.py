@@ -70,4 +70,4 @@ def test_a_problem_is_said_once(folder: Path, programs: Programs, tmp_path: Path
     finally:
         pool.write_text(text)
     assert "mbeir_fashioniq_task7_cand_pool.jsonl: line 8: is no JSON" in refusal(result)
-    assert list(results(tmp_path / "b"))[-1] == CELLS[0]  # finished before it
+    assert [name for name in results(tmp_path / "b") if name in CELLS] == [CELLS[0], *CELLS[2:]]  # all others

@@ -254,6 +254,8 @@ def test_an_output_is_no_input_of_the_next_run(run: Run, tmp_path: Path) -> None
         for again in ((), ("--overwrite",)):
             assert run([], "--input", data, "--output", data / output[0], *output[1:], "--skip_broken", *again) == 0
     assert len(pq.read_table(data / "out" / "00000.parquet")) == 2
+    # A file by the name of the folder is nothing of its.
+    assert run([], "--input", data / "a.jsonl", "--output", data / "a", "--skip_broken") == 0
 
 
 def test_folders_of_others_are_left_alone(
