@@ -69,8 +69,8 @@ def main() -> int:
         suite = open_suite(options)
         embedder = Embedder.from_pretrained(args.model, device=device)
         sizes = sizes_of(args.dims or embedder.sizes, embedder.sizes[-1], "--dims")
+        model = [recognise(args.model).facts(), str(next(embedder.parameters()).dtype)]
     assert embedder.packer is not None
-    model = [recognise(args.model).facts(), str(next(embedder.parameters()).dtype)]
     store = Store(args.output / "embeddings", model, embedder.sizes[-1])
     encoder = Encoder(embedder, embedder.packer, device, args.pack_tokens, sizes, progress=True, store=store)
     results, problems = evaluate(suite, encoder, args.output, model)

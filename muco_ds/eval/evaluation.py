@@ -61,7 +61,7 @@ def evaluate(suite: Suite, encoder: Encoder, output: Path, model: Any) -> tuple[
         entries |= found
         with env.agreement():  # after each, so that an evaluation that is ended leaves what it has
             if env.is_main():
-                write_results(output / "results.json", suite.results(entries))
+                _write_json(output / "results.json", suite.results(entries))
     if not entries:
         raise UserError(problems[0], on_every_rank=True)
     results = suite.results(entries)
@@ -71,14 +71,14 @@ def evaluate(suite: Suite, encoder: Encoder, output: Path, model: Any) -> tuple[
     return results, problems
 
 
-def write_results(path: Path, results: Mapping[str, Entry]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Raises UserError where the folder can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: can't write to '{path.parent}' ({error.strerror})") from error
     with replacing(path) as work:
-        work.write_text(json.dumps(results, indent=2) + "\n")
+        work.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class KeptEntries:
@@ -103,7 +103,7 @@ class KeptEntries:
         return entries if whole else None
 
     def write(self, dataset: str, key: str, entries: Mapping[str, Entry]) -> None:
-        write_results(self.folder / f"{dataset}.json", {"key": key, "entries": entries})  # type: ignore[dict-item]
+        _write_json(self.folder / f"{dataset}.json", {"key": key, "entries": entries})
 
 
 def _digest(facts: Any) -> str:

@@ -241,11 +241,12 @@ def encode_shards(
     mine = pending[rank::world_size]
     missing = sum(stop - start for start, stop in map(layout.bounds, pending))
     rows = round(source.rows * (1 - missing / layout.lines))
+    starts: dict[int, np.ndarray] = {}  # first row of each line, of shards that were read and not written yet
     with tqdm(total=source.rows, initial=rows, desc=progress, unit="row", disable=progress is None or rank != 0) as bar:
         windows = encode_windows(
             model,
             packer,
-            (source.dialogues(*layout.bounds(shard)) for shard in mine),
+            _windows(source, layout, mine, starts),
             pack_tokens=pack_tokens,
             device=device,
             shared=False,
@@ -257,13 +258,24 @@ def encode_shards(
             with env.agreement(patient=True):
                 if rank < len(of_round):
                     try:
-                        _write(shards, of_round[rank], source, next(windows), mark_broken)
+                        emb_ND, shard = next(windows), of_round[rank]
+                        _write(shards, shard, source, starts.pop(shard), emb_ND, mark_broken)
                     except UserError as error:
                         raise (located(error, layout.bounds(of_round[0])[0]) if located else error) from error
             if world_size > 1:
                 bar.update(round(source.rows / layout.lines * len(of_round) * layout.shard_lines))
     with env.agreement():
         return Shards.open(folder)
+
+
+def _windows(
+    source: Source, layout: Layout, shards: Sequence[int], starts: dict[int, np.ndarray]
+) -> Iterator[Sequence[Dialogue]]:
+    """The lines of each shard; where their rows start goes into `starts`."""
+    for shard in shards:
+        dialogues = source.dialogues(*layout.bounds(shard))
+        starts[shard] = np.cumsum([0, *(len(dialogue.turns) for dialogue in dialogues)], dtype=np.int64)
+        yield dialogues
 
 
 def _begin(shards: Shards, source: Source) -> list[int]:
@@ -305,18 +317,16 @@ def _mended(shards: Shards, shard: int, source: Source) -> bool:
     return False
 
 
-def _write(shards: Shards, shard: int, source: Source, emb_ND: torch.Tensor, mark_broken: bool) -> None:
-    start, stop = shards.layout.bounds(shard)
+def _write(
+    shards: Shards, shard: int, source: Source, first_row_L1: np.ndarray, emb_ND: torch.Tensor, mark_broken: bool
+) -> None:
+    start, _ = shards.layout.bounds(shard)
     rows_ND = prefix(emb_ND, shards.width).numpy()
     odd_N = ~np.isfinite(rows_ND).all(axis=1)
-    first_row_L1 = np.arange(len(rows_ND) + 1)
-    if source.rows != len(source):
-        counts = [len(dialogue.turns) for dialogue in source.dialogues(start, stop)]
-        first_row_L1 = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     if odd_N.any() and not mark_broken:
         line = start + int(np.searchsorted(first_row_L1, np.argmax(odd_N), side="right")) - 1
         raise UserError(f"{source.name(line)}: its embedding is not finite: try another --dtype")
-    if len(first_row_L1) != len(rows_ND) + 1 or (np.diff(first_row_L1) != 1).any():
+    if (np.diff(first_row_L1) != 1).any():
         _save(shards.lines_path(shard), first_row_L1)
     if odd_N.any():
         _save(shards.broken_path(shard), np.flatnonzero(odd_N))
