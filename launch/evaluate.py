@@ -29,7 +29,7 @@ from muco_ds.models.recognise import recognise
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder written by tools/convert_ckpt.py")
+    parser.add_argument("--model", required=True, help="folder of a model, converted or released")
     kinds = "; ".join(f"{name}: {description}" for name, description in SUITES.items())
     parser.add_argument("--suite", choices=list(SUITES), required=True, help=kinds)
     parser.add_argument("--data", required=True, help="m3t: parquet file, folder or glob; else the benchmark's folder")

@@ -40,7 +40,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, help="folder written by tools/convert_ckpt.py")
+    parser.add_argument("--model", required=True, type=Path, help="folder of a model, converted or released")
     parser.add_argument("--input", required=True, help="file, folder or glob: JSON lines or parquet")
     parser.add_argument("--output", required=True, type=Path, help=".npy file to write, or a folder")
     parser.add_argument("--format", choices=["npy", "parquet"], default="npy", help="of the shards in a folder")
