@@ -36,6 +36,7 @@ setup(
         "tensorboard",
         "tqdm",
         'triton>=3.6; platform_system == "Linux"',
+        "xxhash",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there: written beside, fsynced, listed in a manifest, renamed.
+"""Checkpoints that are whole or not there: copied to memory, written beside, flushed, listed in a manifest, renamed.
 
 checkpoints/step_0000100/
     model/          DeepSpeed's files
     hf/             config, tokenizer, image settings: all that conversion needs beside the weights
     probe.safetensors   embeddings of fixed items by the model that was saved
     meta.json       step, configuration, versions, world size
-    manifest.json   every file with its size; written last
+    manifest.json   every file with its size and checksum; written last
     universal/      the same state for another number of ranks, where one asked for it (muco_ds/reshard.py)
 checkpoints/latest  name of the newest one
 """
@@ -15,91 +15,283 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
+from muco_ds.manifest import Entry, damaged, discard, flush, flushed, incomplete, listed, seal
+from muco_ds.snapshot import Snapshots, State
 
 log = logging.getLogger(__name__)
 
 TAG = "model"
-MANIFEST = "manifest.json"
 UNIVERSAL = "universal"
 
+_SEALED = re.compile(r"step_\d+")
+_SHARD = re.compile(r"zero_pp_rank_(\d+)_")
+_SPARE = 16 * 2**20
+"""Bytes of a checkpoint that are no tensors: tokenizer, settings, and what the files have around the tensors."""
 
-class Checkpoints:
-    """The checkpoints of one run. All methods are called by every rank.
 
-    Args:
-        folder: `runs/NAME/checkpoints`.
-        keep: how many of the newest stay.
-        frozen: save the weights that are not trained, too.
-    """
+class Place:
+    """A folder of checkpoints. Rank 0 alone writes names into it."""
 
-    def __init__(self, folder: Path, keep: int, *, frozen: bool = True) -> None:
-        self.folder, self.keep, self.frozen = folder, keep, frozen
-
-    def save(self, engine: Any, step: int, meta: dict, write_beside: Callable[[Path], None]) -> Path:
-        """Save the engine's state. `write_beside(path)` adds the small files; rank 0 calls it.
-
-        Raises:
-            UserError: on every rank, when any rank could not write; older checkpoints are untouched.
-        """
-        final = self.folder / f"step_{step:07d}"
-        work = final.with_suffix(".tmp")
-        with _agreed(final):
-            if env.is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in self.folder.glob("*.tmp"):
-                    shutil.rmtree(stale, ignore_errors=True)
-                work.mkdir()
-        try:
-            engine.save_checkpoint(str(work), tag=TAG, save_latest=False, exclude_frozen_parameters=not self.frozen)
-        except (OSError, RuntimeError) as error:
-            # The others are inside DeepSpeed's collectives, which this rank can't join any more: it leaves, and the
-            # launcher ends the rest.
-            raise _unwritable(final, error) from error
-        files: dict[str, int] = {}
-        with _agreed(final):
-            if env.is_main():
-                write_beside(work)
-                (work / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=2))
-            files = _flush_own(work)
-        # Each rank vouches for the files it wrote: what another machine sees on a network disk may be late.
-        written = env.from_all(files)
-        with _agreed(final):
-            if env.is_main():
-                self._publish(work, final, dict(sorted(item for part in written for item in part.items())))
-        return final
-
-    def _publish(self, work: Path, final: Path, files: dict[str, int]) -> None:
-        seal(work, final, {"files": files})
-        pointer = self.folder / "latest.tmpfile"
-        pointer.write_text(final.name + "\n")
-        flush(pointer)
-        os.replace(pointer, self.folder / "latest")
-        flush(self.folder)
-        for old in self.complete(warn=False)[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
-        for unneeded in self.folder.glob(f"step_*/{UNIVERSAL}*"):  # a resumed run will start from `final`
-            shutil.rmtree(unneeded, ignore_errors=True)
+    def __init__(self, folder: Path, keep: int = 1, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
 
     def complete(self, *, warn: bool = True) -> list[Path]:
         """Complete checkpoints, newest first. Ones with a missing or shortened file are passed over, and named."""
         found = []
-        for path in sorted(self.folder.glob("step_*"), reverse=True):
-            if path.suffix == ".tmp":
-                continue
+        for path in sorted(self.sealed(), reverse=True):
             problem = incomplete(path)
             if problem is None:
                 found.append(path)
             elif warn and env.is_main():
                 log.warning("%s is not complete (%s): passed over", path, problem)
         return found
+
+    def sealed(self) -> list[Path]:
+        """What has a checkpoint's name, damaged ones too."""
+        return [path for path in self.folder.glob("step_*") if _SEALED.fullmatch(path.name)]
+
+    def begin(self, step: int) -> Path:
+        """A folder to write to, without anything that killed saves left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob("*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = self.work(step)
+        work.mkdir()
+        return work
+
+    def final(self, step: int) -> Path:
+        return self.folder / f"step_{step:07d}"
+
+    def work(self, step: int) -> Path:
+        return self.final(step).with_suffix(".tmp")
+
+    def check_space(self, step: int, needed: int) -> None:
+        """Raises OSError when `needed` bytes would fill the disk."""
+        free = shutil.disk_usage(self.work(step)).free
+        if free < needed + _SPARE:
+            raise OSError(f"{(needed + _SPARE) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+
+    def publish(self, step: int, files: dict[str, Entry]) -> None:
+        """Name what was written, point to it, and remove what need not be kept any more."""
+        final = self.final(step)
+        seal(self.work(step), final, files)
+        pointer = self.folder / "latest.tmpfile"
+        pointer.write_text(final.name + "\n")
+        flush(pointer)
+        os.replace(pointer, self.folder / "latest")
+        flush(self.folder)
+        for old in self.complete(warn=False)[self.keep :]:
+            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+                discard(old)
+        for unneeded in self.folder.glob(f"step_*/{UNIVERSAL}*"):  # a resumed run will start from `final`
+            shutil.rmtree(unneeded, ignore_errors=True)
+
+
+@dataclass
+class Save:
+    """A checkpoint that is being written: what this rank adds to it, the bytes of all ranks, and how it went."""
+
+    step: int
+    states: list[State]
+    needed: int
+    meta: dict[str, Any]
+    write_beside: Callable[[Path], None]
+    started: float
+    problem: str | None = None
+
+
+class Checkpoints:
+    """The checkpoints of one run. Made by all ranks together; methods are collective unless they say otherwise.
+
+    Args:
+        folder: `runs/NAME/checkpoints`.
+        keep: how many of the newest stay.
+        keep_every: those of steps divisible by it stay, too; 0: none.
+        copies: a second folder, on another file system, which gets a copy of each.
+        background: write while training goes on.
+        frozen: save the weights that are not trained, too.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        keep_every: int = 0,
+        copies: Path | None = None,
+        background: bool = True,
+        frozen: bool = True,
+    ) -> None:
+        self.places = [Place(place, keep, keep_every) for place in (folder, copies) if place is not None]
+        self.background, self.frozen = background, frozen
+        self._snapshots = Snapshots()
+        self._group = env.patient_group()  # the writing threads' own: training uses the others meanwhile
+        self._save: Save | None = None
+        self._thread = threading.Thread()
+
+    def save(self, engine: Any, step: int, meta: dict, write_beside: Callable[[Path], None]) -> Path:
+        """Take the engine's state and have it written. `write_beside(path)` adds the small files, on rank 0.
+
+        Returns: where the checkpoint will be; it is there after `finish`.
+        Raises:
+            UserError: on every rank, when any rank could not write, this one or the one before; too little space.
+                Older checkpoints are untouched.
+        """
+        self.finish()
+        place, started = self.places[0], time.perf_counter()
+        final, work = place.final(step), place.work(step)
+        with _agreed(final):
+            if env.is_main():
+                place.begin(step)
+        try:
+            with self._snapshots.instead_of_writing(engine, work) as states:
+                engine.save_checkpoint(str(work), tag=TAG, save_latest=False, exclude_frozen_parameters=not self.frozen)
+        except (OSError, RuntimeError) as error:
+            # The others are inside DeepSpeed's collectives, which this rank can't join any more: it leaves, and the
+            # launcher ends the rest.
+            raise _unwritable(final, error) from error
+        needed = sum(env.from_all(sum(state.size for state in states)))
+        with _agreed(final):
+            if env.is_main():
+                place.check_space(step, needed)
+        self._save = Save(step, states, needed, {"step": step, **meta}, write_beside, started)
+        self._thread = threading.Thread(target=self._write, args=(self._save,), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.background:
+            self.finish()
+        return final
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the checkpoint being written can't be: `finish` will say so. Not collective."""
+        return self._save is not None and self._save.problem is not None
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            UserError: on every rank, when any rank could not write it.
+        """
+        if self._save is not None:
+            self.wait()
+            problem, self._save = self._save.problem, None
+            env.agree(problem, patient=True)
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Let this rank's part of it end, or that many seconds pass. Not collective."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint whose files are those that were written; None where there is none at all.
+
+        Raises:
+            UserError: there are some, but none is intact: the run would silently begin anew.
+        """
+        # Rank 0 chooses: ranks that each looked for themselves could disagree on what they see.
+        for path in env.from_main(self._complete() if env.is_main() else None):
+            with env.agreement():
+                if not path.is_dir():
+                    raise UserError(f"rank {env.rank()} does not see {path}: run.dir must be shared by all machines")
+            mine = {name for name in listed(path) if _owner(name) % env.world_size() == env.rank()}
+            problem = next(filter(None, env.from_all(damaged(path, mine), patient=True)), None)
+            if problem is None:
+                return path
+            if env.is_main():
+                log.warning("%s is damaged (%s): passed over", path, problem)
+        ruins = env.from_main([path for place in self.places for path in place.sealed()])
+        if ruins:
+            raise UserError(
+                f"{ruins[0].parent}: none of its checkpoints ({len(ruins)}) is intact: restore one, or remove them to "
+                "begin again from step 0",
+                on_every_rank=True,
+            )
+        return None
+
+    def _complete(self) -> list[Path]:
+        """Complete checkpoints of all places, newest first; of the same step, the first place's first."""
+        return sorted((path for place in self.places for path in place.complete()), key=lambda p: p.name, reverse=True)
+
+    def _write(self, save: Save) -> None:
+        """What a thread of each rank does beside training."""
+        for place in self.places:
+            try:
+                self._write_to(place, save)
+            except (UserError, RuntimeError) as error:  # RuntimeError: another rank is gone
+                if env.is_main():  # its space is given back
+                    shutil.rmtree(place.work(save.step), ignore_errors=True)
+                if place is self.places[0]:
+                    save.problem = str(error)
+                    return
+                if env.is_main():
+                    log.warning("%s: training goes on without this copy", error)
+
+    def _write_to(self, place: Place, save: Save) -> None:
+        """Raises UserError, with the first problem that any rank had, on every rank."""
+        final, work = place.final(save.step), place.work(save.step)
+        first = self.places[0].final(save.step)
+
+        def begin() -> None:
+            if env.is_main() and final != first:
+                place.begin(save.step)
+                place.check_space(save.step, save.needed)
+                for name in listed(first):
+                    if _SHARD.search(name) is None:
+                        (work / name).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(first / name, work / name)
+
+        def write() -> dict[str, Entry]:
+            for state in save.states:
+                (work / state.name).parent.mkdir(parents=True, exist_ok=True)
+                torch.save(state.tree, work / state.name)
+            if env.is_main() and final == first:
+                save.write_beside(work)
+                (work / "meta.json").write_text(json.dumps(save.meta, indent=2))
+            mine = [path for path in work.rglob("*") if path.is_file() and _owner(path.name) == env.rank()]
+            return {str(path.relative_to(work)): flushed(path) for path in mine}
+
+        self._together(final, begin)
+        # Each rank vouches for the files it wrote: what another machine sees on a network disk may be late.
+        parts = self._together(final, write)
+        files = dict(sorted(item for part in parts for item in part.items()))
+        self._together(final, lambda: place.publish(save.step, files) if env.is_main() else None)
+        if env.is_main():
+            log.info("%s: saved, %.1f s after its step", final, time.perf_counter() - save.started)
+
+    def _together(self, final: Path, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returns on each rank; UserError on every rank where it failed on any. Threads' own collective."""
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:  # a thread that ends by one is silent, and the others would wait for it
+            problem = str(_unwritable(final, error))
+        found = env.from_all((result, problem), group=self._group)
+        first = next((problem for _, problem in found if problem is not None), None)
+        if first is not None:
+            raise UserError(first)
+        return [result for result, _ in found]
+
+
+def read_meta(path: Path) -> dict:
+    """meta.json of a checkpoint folder. Raises UserError for a folder that is none."""
+    problem = incomplete(path)
+    if problem is not None:
+        raise UserError(f"{path}: not a complete checkpoint ({problem}): give a runs/NAME/checkpoints/step_... folder")
+    return json.loads((path / "meta.json").read_text())
 
 
 def load_files(engine: Any, folder: Path, *, frozen: bool = True) -> None:
@@ -129,40 +321,6 @@ def _own_hyperparameters(engine: Any) -> Iterator[None]:
         group.update(values)
 
 
-def seal(work: Path, final: Path, manifest: dict) -> None:
-    """Give a folder of flushed files its manifest and its name: whole or not there, whatever happens meanwhile."""
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    flush(work / MANIFEST)
-    for folder in [path for path in work.rglob("*") if path.is_dir()] + [work]:
-        flush(folder)
-    shutil.rmtree(final, ignore_errors=True)
-    work.rename(final)
-    flush(final.parent)
-
-
-def read_meta(path: Path) -> dict:
-    """meta.json of a checkpoint folder. Raises UserError for a folder that is none."""
-    problem = incomplete(path)
-    if problem is not None:
-        raise UserError(f"{path}: not a complete checkpoint ({problem}): give a runs/NAME/checkpoints/step_... folder")
-    return json.loads((path / "meta.json").read_text())
-
-
-def incomplete(path: Path) -> str | None:
-    """Why a folder is not a complete checkpoint, or None."""
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return f"no readable {MANIFEST}"
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} holds {file.stat().st_size} bytes instead of {size}"
-    return None
-
-
 @contextmanager
 def _agreed(final: Path) -> Iterator[None]:
     """A part of saving that every rank finishes or none goes on from."""
@@ -179,22 +337,7 @@ def _unwritable(final: Path, error: Exception) -> UserError:
     return UserError(f"checkpoint {final}: can't be written ({error}): free space; older ones are intact")
 
 
-def _flush_own(work: Path) -> dict[str, int]:
-    """Flush what this rank wrote, and say how large it is: its own shards, on rank 0 also what is nobody's shard."""
-    sizes = {}
-    for path in work.rglob("*"):
-        shard = path.name.partition("zero_pp_rank_")[2].partition("_")[0]
-        owner = int(shard) if shard.isdigit() else 0
-        if owner == env.rank() and path.is_file():
-            flush(path)
-            sizes[str(path.relative_to(work))] = path.stat().st_size
-    return sizes
-
-
-def flush(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _owner(name: str) -> int:
+    """The rank that writes a file: a shard's is in its name, all else is rank 0's."""
+    shard = _SHARD.search(name)
+    return int(shard[1]) if shard else 0

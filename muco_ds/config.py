@@ -21,6 +21,7 @@ import yaml
 
 from muco_ds.config_activations import RANGES as ACTIVATION_RANGES
 from muco_ds.config_activations import ActivationCheckpointing, check_activations
+from muco_ds.config_checkpoint import CHECKPOINT_RANGES, CheckpointOptions
 from muco_ds.config_curriculum import RANGES as CURRICULUM_RANGES
 from muco_ds.config_curriculum import CurriculumOptions, check_curriculum
 from muco_ds.config_evaluation import RANGES as EVALUATION_RANGES
@@ -173,21 +174,6 @@ class ValidationOptions:
 
 
 @dataclass
-class CheckpointOptions:
-    """Checkpoints under `runs/NAME/checkpoints`.
-
-    Args:
-        every: Steps between checkpoints.
-        keep: How many of the newest checkpoints stay on disk.
-        resume: Continue from the newest complete checkpoint of this run, if there is one.
-    """
-
-    every: int = 500
-    keep: int = 3
-    resume: bool = True
-
-
-@dataclass
 class LogOptions:
     """Metrics.
 
@@ -269,8 +255,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "validation.every": (0, True, math.inf),
     "validation.rows": (1, True, math.inf),
     **EVALUATION_RANGES,
-    "checkpoint.every": (1, True, math.inf),
-    "checkpoint.keep": (1, True, math.inf),
+    **CHECKPOINT_RANGES,
     "log.every": (1, True, math.inf),
 }
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from muco_ds.checkpoint import MANIFEST, TAG, Checkpoints, read_meta
+from muco_ds.checkpoint import TAG, Place, read_meta
 from muco_ds.errors import UserError
 from muco_ds.export_adapter import Adapter, Weight, stored_weight
 from muco_ds.export_st import read_json, write_json, write_processing, write_sentence_transformers
 from muco_ds.families import FAMILIES
+from muco_ds.manifest import MANIFEST, damaged, incomplete
 from muco_ds.model_card import find_scores, model_card
 from muco_ds.models.adapters import with_adapter
 from muco_ds.models.backbones import load_backbone, load_config
@@ -95,7 +96,7 @@ def export_checkpoint(
             are none; an adapter of another model, or none to write alone.
     """
     _check_free(out, overwrite)
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint = _intact(find_checkpoint(checkpoint))
     meta, found = read_meta(checkpoint), find_scores(checkpoint, scores)
     dtype = dtype or meta["config"]["run"]["precision"]
     config = load_config(str(checkpoint / "hf"))
@@ -159,10 +160,16 @@ def find_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file() or path.name.startswith("step_"):
         return path
     for folder in (path, path / "checkpoints"):
-        complete = Checkpoints(folder, keep=1).complete()
+        complete = Place(folder).complete()
         if complete:
             return complete[0]
     raise UserError(f"{path}: holds no complete checkpoint: give a runs/NAME or runs/NAME/checkpoints/step_... folder")
+
+
+def _intact(checkpoint: Path) -> Path:
+    if incomplete(checkpoint) is None and (problem := damaged(checkpoint)) is not None:
+        raise UserError(f"{checkpoint}: {problem}: convert an older checkpoint")
+    return checkpoint
 
 
 def checkpoint_weights(folder: Path, stage: int) -> dict[str, Weight]:

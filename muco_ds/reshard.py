@@ -2,7 +2,7 @@
 
 step_0000100/universal/
     model/          what `deepspeed.checkpoint.ds_to_universal` makes of the checkpoint's shards
-    manifest.json   every file with its size, and which checkpoint it was made from; written last
+    manifest.json   every file with its size and checksum, and which checkpoint it was made from; written last
 
 Whole or not there, like the checkpoint; made when first asked for, and removed by the run's next checkpoint.
 """
@@ -27,8 +27,9 @@ from uuid import uuid4
 
 import torch
 
-from muco_ds.checkpoint import MANIFEST, TAG, UNIVERSAL, flush, incomplete, load_files, read_meta, seal
+from muco_ds.checkpoint import TAG, UNIVERSAL, load_files, read_meta
 from muco_ds.errors import UserError
+from muco_ds.manifest import MANIFEST, damaged, flushed, incomplete, seal
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def universal_form(checkpoint: Path, *, workers: int = WORKERS) -> Path:
     """
     meta, final = read_meta(checkpoint), checkpoint / UNIVERSAL
     assert is_sharded(meta)
-    problem = unusable(checkpoint)
+    problem = unusable(checkpoint) or damaged(final)
     if problem is None:
         return final
     if final.exists():
@@ -69,10 +70,8 @@ def universal_form(checkpoint: Path, *, workers: int = WORKERS) -> Path:
         work.mkdir()
         _apart(_convert, checkpoint / TAG, work / TAG, workers, meta["zero_stage"])
         paths = [path for path in work.rglob("*") if path.is_file()]
-        for path in paths:
-            flush(path)
-        files = {str(path.relative_to(work)): path.stat().st_size for path in sorted(paths)}
-        seal(work, final, {"files": files, "of": _fingerprint(checkpoint)})
+        files = {str(path.relative_to(work)): flushed(path) for path in sorted(paths)}
+        seal(work, final, files, of=_fingerprint(checkpoint))
     except BrokenProcessPool:
         problem = f"{checkpoint}: the process that converts it was killed; if memory ran out, give it more or run"
         raise UserError(f"{problem} tools/reshard_ckpt.py --workers 1") from None

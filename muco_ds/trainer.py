@@ -40,6 +40,8 @@ from muco_ds.temperature import Temperature
 
 log = logging.getLogger(__name__)
 
+_LAST_WRITE_S = 600.0
+
 VERSIONED = ("torch", "deepspeed", "transformers", "muco_ds")
 
 
@@ -65,8 +67,7 @@ class Trainer:
         self.temperature = Temperature(config.temperature, config.loss.temperature, device)
         with env.agreement():
             self.base = describe_base(config.model)
-        frozen = config.model.lora.rank == 0  # beside an adapter the weights stay those of model.path
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep, frozen=frozen)
+        self.checkpoints = self._checkpoints()
         start = self._find_start()
         universal = start is not None and start.universal
         self.engine, self.task = build_engine(config, self.data.processing, device, load_universal=universal)
@@ -78,6 +79,17 @@ class Trainer:
             *(self.folder, self.start_step, self.max_steps, config.batch.images),
             *(self.max_steps / self.data.plan.mixture.steps_per_epoch, len(self.data.plan.index)),
             *(self.engine.zero_optimization_stage(), env.world_size(), config.run.precision),
+        )
+
+    def _checkpoints(self) -> Checkpoints:
+        options = self.config.checkpoint
+        return Checkpoints(
+            self.folder / "checkpoints",
+            options.keep,
+            keep_every=options.keep_every,
+            copies=None if options.copy_to is None else Path(options.copy_to) / self.config.run.name,
+            background=options.background,
+            frozen=self.config.model.lora.rank == 0,  # beside an adapter the weights stay those of model.path
         )
 
     def _open_folder(self) -> MetricsWriter:
@@ -96,7 +108,12 @@ class Trainer:
         bar = tqdm(total=self.max_steps, initial=self.start_step, desc=self.config.run.name, disable=not env.is_main())
         written = nullcontext() if self.metrics is None else closing(self.metrics)
         with bar, closing(Watchdog(self.folder / "stacks")) as watchdog, written:
-            return self._steps(bar, watchdog)
+            try:
+                return self._steps(bar, watchdog)
+            except UserError as error:
+                if error.on_every_rank:  # all are there to finish what is being written; it is a good state
+                    self.checkpoints.wait(_LAST_WRITE_S)
+                raise
 
     def _steps(self, bar: tqdm, watchdog: Watchdog) -> bool:
         """Step, log, validate and save to the end of the run or to a signal."""
@@ -105,7 +122,7 @@ class Trainer:
         stopped = False
         for batch, waited in self._batches():
             watchdog.step()
-            if stopped := self.lockstep.stop_before(batch):
+            if stopped := self.lockstep.stop_before(batch, now=self.checkpoints.failed):
                 break
             stats = self.train_step(batch)
             step = batch.step + 1
@@ -126,6 +143,7 @@ class Trainer:
         with watchdog.resting():
             if step > saved:
                 self._save(step)
+            self.checkpoints.finish()
         return not stopped
 
     def dry_run(self, most_steps: int = 50) -> None:
@@ -252,16 +270,13 @@ class Trainer:
         self.checkpoints.save(self.engine, step, meta, write_beside)
 
     def _find_start(self) -> Start | None:
-        """The newest complete checkpoint of this run, if there is one, made ready for this number of ranks."""
-        # Rank 0 chooses: ranks that each looked for themselves could disagree on what they see.
-        newest = env.from_main(next(iter(self.checkpoints.complete()), None) if env.is_main() else None)
+        """The newest intact checkpoint of this run, if there is one, made ready for this number of ranks."""
+        newest = self.checkpoints.newest_intact()
         if newest is None:
             return None
         with env.agreement():
             if not self.config.checkpoint.resume:
                 raise UserError(f"{self.folder} holds checkpoints: set checkpoint.resume=true or another run.name")
-            if not newest.is_dir():
-                raise UserError(f"rank {env.rank()} does not see {newest}: run.dir must be shared by all machines")
             check_same_run(newest, asdict(self.config), describe_data(self.data.plan.index))
             if not self.checkpoints.frozen:
                 check_base(newest, self.config.model.path, self.base)

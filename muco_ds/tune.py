@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from muco_ds.build import Data, build_data
-from muco_ds.config import CheckpointOptions, RunConfig, ValidationOptions, save_config
+from muco_ds.config import RunConfig, ValidationOptions, save_config
 from muco_ds.config_activations import ActivationCheckpointing
+from muco_ds.config_checkpoint import CheckpointOptions
 from muco_ds.data.assign import least_pack_tokens
 from muco_ds.data.plan import spread_steps
 from muco_ds.data.stages.base import longest_rows

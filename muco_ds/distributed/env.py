@@ -90,20 +90,29 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def from_all(value: Any, *, patient: bool = False) -> list[Any]:
-    """Every rank's value, in rank order; `patient`: wait for the slowest, however long it works. Collective."""
+def from_all(value: Any, *, patient: bool = False, group: Any = None) -> list[Any]:
+    """Every rank's value, in rank order. Collective.
+
+    Args:
+        patient: wait for the slowest, however long it works.
+        group: one of `patient_group`, for a thread of its own on each rank.
+    """
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=_patient() if patient else None)
+        dist.all_gather_object(values, value, group=_patient() if patient else group)
     return values
 
 
+def patient_group() -> Any:
+    """A new group of all ranks, on CPUs, in which ranks may wait longer than any collective may take. Collective."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
+
+
 def _patient() -> Any:
-    """A group of all ranks, on CPUs, in which ranks may wait longer than any collective may take. Collective."""
     global _patient_group
     if _patient_group is None:
-        _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _patient_group = patient_group()
     return _patient_group
 
 

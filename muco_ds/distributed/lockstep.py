@@ -34,14 +34,16 @@ class Lockstep:
     def _remember(self, _number: int, _frame: FrameType | None) -> None:
         self._stop = True
 
-    def stop_before(self, batch: StepBatch) -> bool:
+    def stop_before(self, batch: StepBatch, *, now: bool = False) -> bool:
         """Whether any rank was told to stop, the same answer on every rank. Collective, before a batch is trained on.
 
+        Args:
+            now: this rank has a reason of its own to stop.
         Raises:
             UserError: on every rank, when ranks are about to do different things: names the first such rank and what
                 differs. Without it they would wait for each other in a collective for ever.
         """
-        mine = torch.tensor([int(self._stop), batch.step, batch.plan_digest, len(batch.packs), *_held(batch)])
+        mine = torch.tensor([int(self._stop or now), batch.step, batch.plan_digest, len(batch.packs), *_held(batch)])
         notes = [mine]
         if self._group is not None:
             notes = [torch.empty_like(mine) for _ in range(env.world_size())]

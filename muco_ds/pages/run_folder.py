@@ -12,8 +12,8 @@ from typing import Any, TypeGuard
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, TENSORS, EventAccumulator
 
-from muco_ds.checkpoint import incomplete
 from muco_ds.errors import UserError
+from muco_ds.manifest import incomplete
 
 SHOWN = 12
 """Pictures, and texts, of a tag that are read of a session: the last one and some before it."""

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, Qwen2VLModel, Qwen3VLModel
 
-from muco_ds.checkpoint import MANIFEST, TAG
+from muco_ds.checkpoint import TAG
 from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 from muco_ds.export import PREFIX, Exported, export_checkpoint
 from muco_ds.export_st import chat_template
+from muco_ds.manifest import MANIFEST, flushed
 from muco_ds.models.backbones import canonical_name, load_tokenizer
 
 from programs import REPOSITORY, Demo, Programs
@@ -134,13 +135,14 @@ def copied(run: Path, to: Path) -> Path:
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a DeepSpeed file, and its size in the manifest."""
+    """Change a DeepSpeed file, and what the manifest says of it."""
     state = torch.load(file, weights_only=False)
     change(state)
     torch.save(state, file)
     manifest = file.parents[1] / MANIFEST
     content = json.loads(manifest.read_text())
-    content["files"][str(file.relative_to(manifest.parent))] = file.stat().st_size
+    name, entry = str(file.relative_to(manifest.parent)), flushed(file)
+    content["files"][name], content["digests"][name] = entry.size, entry.digest
     manifest.write_text(json.dumps(content))
 
 
@@ -311,7 +313,7 @@ def test_bad_checkpoints_are_refused(trained: Callable[[str], Path], tmp_path: P
     checkpoint = copied(trained("zero3"), tmp_path)
     meta = json.loads((checkpoint / "meta.json").read_text())
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    del manifest["files"]["meta.json"]
+    del manifest["files"]["meta.json"], manifest["digests"]["meta.json"]
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     (checkpoint / "meta.json").write_text(json.dumps({**meta, "zero_stage": 4}))
     with pytest.raises(UserError, match="ZeRO stage 4; stages 0 to 3"):

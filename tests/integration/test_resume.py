@@ -69,7 +69,7 @@ def test_kill_9_at_random_instants_changes_no_loss(
     assert losses(tmp_path) == losses(uninterrupted)
 
 
-def test_half_written_checkpoints_are_passed_over_and_named(
+def test_half_written_and_altered_checkpoints_are_passed_over_and_named(
     demo: Demo, programs: Programs, uninterrupted: Path, finished: Path
 ) -> None:
     checkpoints = finished / "run" / "checkpoints"
@@ -78,10 +78,13 @@ def test_half_written_checkpoints_are_passed_over_and_named(
     shard = next((checkpoints / "step_0000007" / "model").glob("*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:-1])
     next((checkpoints / "step_0000006" / "model").glob("*model_states.pt")).unlink()
+    shard = next((checkpoints / "step_0000005" / "model").glob("*rank_1_*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-9] + b"!" + shard.read_bytes()[-8:])
     output = programs.run(demo.train(finished, LONG), ranks=RANKS).check().output
+    assert f"step_0000005 is damaged (model/{shard.name} was altered" in output
     for step in (6, 7, 8):
         assert len([line for line in output.splitlines() if f"step_000000{step} is not complete" in line]) == 1, output
-    assert f"resumed from {checkpoints / 'step_0000005'}" in output
+    assert f"resumed from {checkpoints / 'step_0000004'}" in output
     assert losses(finished) == losses(uninterrupted)
     assert not list(checkpoints.glob("*.tmp"))
 

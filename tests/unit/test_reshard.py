@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from muco_ds import reshard
-from muco_ds.checkpoint import MANIFEST, TAG, UNIVERSAL, seal
+from muco_ds.checkpoint import TAG, UNIVERSAL
 from muco_ds.errors import UserError
+from muco_ds.manifest import MANIFEST, flushed, seal
 from muco_ds.reshard import load_universal, universal_form, unusable
 from muco_ds.resume import Start
 
@@ -38,8 +39,8 @@ def make_checkpoint(folder: Path, step: int = 7, stage: int = 3, weight: float =
     }
     (work / "meta.json").write_text(json.dumps(meta))
     save_file({"probe_ND": PROBE_ND * weight}, work / "probe.safetensors")
-    files = {str(file.relative_to(work)): file.stat().st_size for file in work.rglob("*") if file.is_file()}
-    seal(work, path, {"files": files})
+    files = {str(file.relative_to(work)): flushed(file) for file in work.rglob("*") if file.is_file()}
+    seal(work, path, files)
     return path
 
 
@@ -69,11 +70,19 @@ def cut_short(path: Path) -> None:
     next(path.rglob("fp32.pt")).write_text("s")
 
 
+def altered(path: Path) -> None:
+    file = next(path.rglob("fp32.pt"))
+    file.write_text("s" * file.stat().st_size)
+
+
 def no_manifest(path: Path) -> None:
     (path / MANIFEST).unlink()
 
 
-@pytest.mark.parametrize(("spoil", "reason"), [(cut_short, "holds 1 bytes"), (no_manifest, f"no readable {MANIFEST}")])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(cut_short, "holds 1 bytes"), (altered, "checksum"), (no_manifest, f"no readable {MANIFEST}")],
+)
 def test_a_damaged_one_is_made_again(
     tmp_path: Path,
     conversions: list[Path],

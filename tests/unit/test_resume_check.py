@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from muco_ds.checkpoint import MANIFEST
 from muco_ds.config import DataOptions, ModelOptions, RunConfig, RunOptions
 from muco_ds.errors import UserError
+from muco_ds.manifest import MANIFEST
 from muco_ds.resume import MAY_CHANGE, check_same_run
 
 CONFIG = asdict(
@@ -31,7 +31,8 @@ FREE = {
     "model.activation_checkpointing.text",
     "model.activation_checkpointing.vision",
     *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
-    *("validation.every", "validation.rows", "checkpoint.every", "checkpoint.keep", "checkpoint.resume", "log.every"),
+    *("validation.every", "validation.rows", "log.every"),
+    *(f"checkpoint.{key}" for key in ("every", "keep", "keep_every", "resume", "background", "copy_to")),
     *("optim.lr", "optim.max_skipped", "loss.key_exchange"),
     *(
         f"evaluation.{suite}.{key}"
