@@ -109,7 +109,7 @@ class Programs:
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(10)
+        self._server.wait(60)
 
     def start(self, argv: Sequence[str | Path], *, ranks: int | None = None, cwd: Path = REPOSITORY, **env: str) -> Job:
         """Start a Python program on `ranks` processes, or without a launcher's variables on one."""

@@ -1,0 +1,65 @@
+"""One process among several stops, runs out of memory or is killed: the others end soon, and one line says why."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+
+import psutil
+
+from fault_arena import Arena, Outcome
+
+_TIMEOUT_S = 20
+
+
+def stopped(arena: Arena) -> Outcome:
+    """SIGSTOP to one rank: it says nothing any more, and holds its connections open."""
+    out = arena.new("stopped")
+    with arena.launched(out, {"run.timeout_s": _TIMEOUT_S}) as run:
+        os.kill(run.pid(1), signal.SIGSTOP)
+        seconds, lines = run.ended(within=5 * _TIMEOUT_S)
+    assert len(lines) == 1 and "run.timeout_s" in lines[0], lines
+    arena.finish(out)
+    said = f"`{lines[0].removeprefix('error: ')[:160]} ...`"
+    return Outcome(f"SIGSTOP of a rank (run.timeout_s {_TIMEOUT_S})", 1, said, "nothing; resumed", seconds)
+
+
+def out_of_memory(arena: Arena) -> Outcome:
+    """One rank may not allocate any more."""
+    out = arena.new("memory")
+    with arena.launched(out) as run:
+        pid = run.pid(1)
+        limit = psutil.Process(pid).memory_info().vms + 2**20
+        resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+        seconds, lines = run.ended(within=60)
+    assert lines and any("memory" in line and "batch.pack_tokens" in line for line in lines), lines
+    arena.finish(out)
+    return Outcome("a rank out of memory", 1, f"`{lines[0].removeprefix('error: ')}`", "nothing; resumed", seconds)
+
+
+def killed(arena: Arena) -> Outcome:
+    """kill -9 of one rank, as the kernel does it when memory is short."""
+    out = arena.new("killed_rank")
+    with arena.launched(out) as run:
+        os.kill(run.pid(1), signal.SIGKILL)
+        seconds, lines = run.ended(within=60)
+    arena.finish(out)
+    said = f"`{lines[0].removeprefix('error: ')}`" if lines else "the launcher ended the others"
+    return Outcome("kill -9 of one rank", 1, said, "nothing; resumed", seconds)
+
+
+def killed_worker(arena: Arena) -> Outcome:
+    """kill -9 of a data loader's worker."""
+    out = arena.new("killed_worker")
+    with arena.launched(out) as run:
+        rank = psutil.Process(run.pid(0))
+        workers = [child for child in rank.children() if child.name() != "pt_main_thread" or child.pid != rank.pid]
+        start = time.monotonic()
+        workers[0].kill()
+        _, lines = run.ended(within=60)
+        seconds = time.monotonic() - start
+    assert any("data loader's worker" in line for line in lines), lines
+    arena.finish(out)
+    return Outcome("kill -9 of a data worker", 1, f"`{lines[0].removeprefix('error: ')}`", "nothing; resumed", seconds)
