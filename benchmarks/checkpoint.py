@@ -112,10 +112,10 @@ def main() -> None:
         **provenance(),
     }
     record(args.output, line)
+    waits, writes = (sum(values[1:]) / args.repeats for values in (waited, written))
     print(
-        f"training waited {line['waited_of_written']:.1%} of the time of a write (first save {waited[0]:.2f} s, others "
-        f"{sum(waited[1:]) / args.repeats:.2f} s of {sum(written[1:]) / args.repeats:.2f} s); written in the foreground "
-        f"{line['foreground_of_deepspeed']:.2f} times DeepSpeed's own time"
+        f"training waited {line['waited_of_written']:.1%} of the time of a write ({waits:.2f} of {writes:.2f} s; "
+        f"the first {waited[0]:.2f} s); in the foreground {line['foreground_of_deepspeed']:.2f} times DeepSpeed's own time"
     )
     env.stop()
 

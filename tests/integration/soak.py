@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Train the demo for thousands of steps and show that nothing grows: `python tests/integration/soak.py --steps 3000`.
 
-The demo's own recipe, but for the batch: 8 pictures a step. Validation and checkpoints are on. Of each rank, its loader's workers with it, resident memory and open files are looked
-at every second. Exit status 1 where memory or files grow, or steps become slower, beyond what the samples scatter.
+The demo's own recipe, but for the batch: 8 pictures a step. Validation and checkpoints are on. Of each rank, its
+loader's workers with it, resident memory and open files are looked at every second. Exit status 1 where memory or files
+grow, or steps become slower, beyond what the samples scatter.
 """
 
 from __future__ import annotations

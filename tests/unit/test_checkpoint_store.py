@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in_engine import META, Engine, complete, folder, names, save
 
 from muco_ds import checkpoint, manifest
 from muco_ds.checkpoint import UNIVERSAL, Checkpoints, load_files, read_meta
 from muco_ds.errors import UserError
 from muco_ds.manifest import MANIFEST, damaged, incomplete, listed
+
+from stand_in_engine import META, Engine, complete, folder, names, save
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in_engine import META, Engine, complete, folder, loaded, names, save, write_beside
 
 from muco_ds import checkpoint
 from muco_ds.checkpoint import Checkpoints
 from muco_ds.errors import UserError
 from muco_ds.manifest import damaged, discard, incomplete, listed
 from muco_ds.snapshot import Snapshots
+
+from stand_in_engine import META, Engine, complete, folder, loaded, names, save, write_beside
 
 
 @pytest.fixture
