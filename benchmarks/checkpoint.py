@@ -114,8 +114,8 @@ def main() -> None:
     record(args.output, line)
     waits, writes = (sum(values[1:]) / args.repeats for values in (waited, written))
     print(
-        f"training waited {line['waited_of_written']:.1%} of the time of a write ({waits:.2f} of {writes:.2f} s; "
-        f"the first {waited[0]:.2f} s); in the foreground {line['foreground_of_deepspeed']:.2f} times DeepSpeed's own time"
+        f"training waited {line['waited_of_written']:.1%} of a write ({waits:.2f} of {writes:.2f} s; "
+        f"the first {waited[0]:.2f} s); in the foreground {line['foreground_of_deepspeed']:.2f} times DeepSpeed's time"
     )
     env.stop()
 

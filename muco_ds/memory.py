@@ -8,7 +8,7 @@ keeps on a CPU; the allowance is an assumption. None of it has been compared wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device by part; `host` is what the DeepSpeed JSON moves to the CPU and is not part of `total`."""
+    """Bytes on the device by part.
+
+    Not part of `total`: `host`, what the DeepSpeed JSON moves to the CPU, and `checkpoint`, what the fullest rank adds to
+    one, of which `checkpoint.background` keeps a copy on the host.
+    """
 
     weights: int
     gradients: int
@@ -52,12 +56,12 @@ class Memory:
     update: int  # reduction of the largest gradient and the optimizer step, when activations are gone
     allowance: int
     host: int
+    checkpoint: int
 
     @property
     def total(self) -> int:
-        kept = sum(
-            getattr(self, f.name) for f in fields(self) if f.name not in ("activations", "logits", "update", "host")
-        )
+        apart = ("activations", "logits", "update", "host", "checkpoint")
+        kept = sum(getattr(self, f.name) for f in fields(self) if f.name not in apart)
         return kept + max(self.activations + self.logits, self.update)
 
 
@@ -94,7 +98,7 @@ def estimate(
     if head is not None and not head.tied:
         weights.append(Weight(head.numel, head.trained))
     width = _BYTES[precision]
-    device, host = _states(weights, ds_config, width, world_size, several_packs=load.packs > 1)
+    device, host, optimizer = _states(weights, ds_config, width, world_size, several_packs=load.packs > 1)
     activations = activation_bytes(
         backbone,
         load,
@@ -119,8 +123,17 @@ def estimate(
         parts["embeddings"] = head.state_bytes(load.predicted, width, trained_norm=not lora.rank)
         parts["logits"] = _head_bytes(head, load, width, activations, reduction)
         parts["update"] = max(parts["update"], 2 * head.held_bytes(width))
-    known = Memory(**parts, allowance=0, host=host)
-    return Memory(**parts, allowance=CONTEXT + int(_FRAGMENTATION * known.total), host=host)
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    written = _written(weights, stage, width, world_size, adapter=lora.rank > 0)
+    known = Memory(**parts, allowance=0, host=host, checkpoint=optimizer + written)
+    return replace(known, allowance=CONTEXT + int(_FRAGMENTATION * known.total))
+
+
+def _written(weights: list[Weight], stage: int, width: int, world_size: int, *, adapter: bool) -> int:
+    """Bytes of weights in a checkpoint beside the optimizer's: rank 0's whole; under ZeRO-3 a part of the frozen."""
+    if stage == 3:
+        return 0 if adapter else sum(-(-weight.numel // world_size) for weight in weights if not weight.trained) * width
+    return sum(weight.numel for weight in weights if weight.trained or not adapter) * width
 
 
 def _head_bytes(head: Head, load: Load, width: int, activations: Activations, reduction: int) -> int:
@@ -202,8 +215,8 @@ def _count(
 
 def _states(
     weights: list[Weight], ds_config: dict[str, Any], width: int, world_size: int, *, several_packs: bool
-) -> tuple[dict[str, int], int]:
-    """Weights, gradients and optimizer states: bytes on the device by part, and bytes on the host.
+) -> tuple[dict[str, int], int, int]:
+    """Weights, gradients and optimizer states: bytes on the device by part, on the host, and of the optimizer's alone.
 
     - Stage 3 splits each parameter on its own, rounded up; stages 1 and 2 split all trained ones together.
     - Adam keeps two float32 moments of the trained ones. ZeRO keeps a float32 master copy, of float32 weights as well.
@@ -231,6 +244,7 @@ def _states(
     elif stage == 1:
         waiting = accumulated * ours
     states = {"weights": width * everything, "gradients": reduced, "optimizer": 8 * share + master}
+    optimizer = states["optimizer"]
     offloaded = []
     if _offloaded(zero, "offload_param"):
         offloaded.append("weights")
@@ -239,7 +253,7 @@ def _states(
     host = sum(states.pop(part) for part in offloaded)
     states |= dict.fromkeys(offloaded, 0)
     states["gradients"] += waiting + _buckets(zero, ds_config, stage, width)
-    return states, host
+    return states, host, optimizer
 
 
 def _offloaded(zero: dict[str, Any], key: str) -> bool:

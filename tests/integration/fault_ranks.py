@@ -11,19 +11,17 @@ import psutil
 
 from fault_arena import Arena, Outcome
 
-_TIMEOUT_S = 20
 
-
-def stopped(arena: Arena) -> Outcome:
+def stopped(arena: Arena, timeout_s: int = 20) -> Outcome:
     """SIGSTOP to one rank: it says nothing any more, and holds its connections open."""
     out = arena.new("stopped")
-    with arena.launched(out, {"run.timeout_s": _TIMEOUT_S}) as run:
+    with arena.launched(out, {"run.timeout_s": timeout_s}) as run:
         os.kill(run.pid(1), signal.SIGSTOP)
-        seconds, lines = run.ended(within=5 * _TIMEOUT_S)
+        seconds, lines = run.ended(within=5 * timeout_s)
     assert len(lines) == 1 and "run.timeout_s" in lines[0], lines
     arena.finish(out)
     said = f"`{lines[0].removeprefix('error: ')[:160]} ...`"
-    return Outcome(f"SIGSTOP of a rank (run.timeout_s {_TIMEOUT_S})", 1, said, "nothing; resumed", seconds)
+    return Outcome(f"SIGSTOP of a rank (run.timeout_s {timeout_s})", 1, said, "nothing; resumed", seconds)
 
 
 def out_of_memory(arena: Arena) -> Outcome:

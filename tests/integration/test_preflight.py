@@ -45,7 +45,7 @@ def test_many_ranks_plan_the_same_batches(ranks: int, demo: Demo, programs: Prog
     assert many["memory"]["optimizer"] < one["memory"]["optimizer"] / ranks * 1.01
     assert many["memory"]["activations"] < one["memory"]["activations"]
     total = many["memory"].pop("total")
-    parts = {name: size for name, size in many["memory"].items() if name not in ("host", "update")}
+    parts = {name: size for name, size in many["memory"].items() if name not in ("host", "update", "checkpoint")}
     assert total == pytest.approx(sum(parts.values()), rel=1e-6) and many["fits"]
 
 
@@ -57,6 +57,8 @@ def test_in_agreement_with_a_run(demo: Demo, programs: Programs, tmp_path: Path)
     announced = report(preflight(programs, demo, "--ranks", 2, "--json", *argv).check())
     assert [step["step"] for step in announced["planned"]] == [1, 2, 3, 4]
     assert announced["packs"]["worst"] >= 2
+    shards = [file.stat().st_size for file in (tmp_path / "run/checkpoints/step_0000004/model").glob("*states.pt")]
+    assert 2 * announced["memory"]["checkpoint"] == pytest.approx(sum(shards), rel=0.1)
     assert announced["pack_fill"]["worst"] == min(step["pack_fill"] for step in announced["planned"])
     assert announced["imbalance"]["worst"] == max(step["imbalance"] for step in announced["planned"])
     for step, line in zip(announced["planned"], metrics(tmp_path), strict=True):
