@@ -15,6 +15,7 @@ MAX_FUNCTION_LINES = 60
 # The parts of muco_ds from the leaves up: a part imports from its own level and from lower ones.
 LEVELS = [
     {
+        "ends",
         "errors",
         "compression_pooling",
         "config",

@@ -1,0 +1,73 @@
+"""`runs/NAME/ends.jsonl`: one line for each end of a run, by the rank that knows why. What ended it is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+ENDS_FILE = "ends.jsonl"
+MAX_CAUSE = 600
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a run.
+
+    Args:
+        time: ISO 8601, UTC.
+        step: Optimizer steps that were known to be taken; None: it ended before its first.
+        status: Exit status: 0 finished, 75 told to stop, 2 a mistake of the user's, else a crash.
+        cause: One line.
+        rank: Who wrote it.
+        job: SLURM_JOB_ID, or None.
+        restart: SLURM_RESTART_COUNT, or 0.
+    """
+
+    time: str
+    step: int | None
+    status: int
+    cause: str
+    rank: int
+    job: str | None
+    restart: int
+
+
+def record_end(folder: Path, status: int, cause: str, step: int | None = None) -> None:
+    """Append a line to `folder`'s ends. Where it can't be written it is lost: what ends a run must not hide its cause.
+
+    The line is one write of less than a page: lines of ranks that end together do not mix.
+    """
+    restart = os.environ.get("SLURM_RESTART_COUNT", "")
+    end = End(
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        step=step,
+        status=status,
+        cause=" ".join(cause.split())[:MAX_CAUSE],
+        rank=int(os.environ.get("RANK") or 0),
+        job=os.environ.get("SLURM_JOB_ID"),
+        restart=int(restart) if restart.isdecimal() else 0,
+    )
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ENDS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, (json.dumps(asdict(end)) + "\n").encode())
+        finally:
+            os.close(file)
+
+
+def read_ends(folder: Path) -> list[End]:
+    """All ends of a run, in the order they were written; what a killed or hindered writer left behind is skipped."""
+    try:
+        lines = (folder / ENDS_FILE).read_bytes().splitlines()
+    except OSError:
+        return []
+    ends = []
+    for line in lines:
+        with suppress(ValueError, TypeError):  # cut short, or of other fields
+            ends.append(End(**json.loads(line)))
+    return ends
