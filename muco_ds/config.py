@@ -51,6 +51,9 @@ class RunOptions:
         epochs: End after this many passes over the training rows (a fraction is allowed). Of a mixture: after as many
             examples as its rows together times this, whatever the weights.
         precision: Compute type; "bf16" keeps fp32 master weights and gradients, "fp32" is for CPUs and parity tests.
+        deadline_s: Seconds from a signal (SIGUSR1, SIGTERM, Ctrl-C) to the end, saved or not. Less than what the
+            scheduler gives: `--signal=USR1@300` gives 300.
+        timeout_s: Seconds for which a rank waits for another in one collective before the run ends.
     """
 
     name: str
@@ -59,6 +62,8 @@ class RunOptions:
     max_steps: int | None = None
     epochs: float | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
+    deadline_s: float = 240.0
+    timeout_s: float = 1800.0
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
@@ -233,6 +238,8 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "run.seed": (0, True, 2**32 - 1),  # numpy's largest seed
     "run.max_steps": (1, True, math.inf),
     "run.epochs": (0, False, math.inf),
+    "run.deadline_s": (0, False, 1e6),
+    "run.timeout_s": (1, True, 1e6),  # more would leave the range of some timers
     "model.compression_tokens": (0, True, 1024),
     "model.lora.rank": (0, True, math.inf),
     "model.lora.alpha": (1, True, math.inf),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+from muco_ds.distributed.signals import EXIT_REQUEUE
 
 ENDS_FILE = "ends.jsonl"
 MAX_CAUSE = 600
@@ -41,15 +45,14 @@ def record_end(folder: Path, status: int, cause: str, step: int | None = None) -
 
     The line is one write of less than a page: lines of ranks that end together do not mix.
     """
-    restart = os.environ.get("SLURM_RESTART_COUNT", "")
     end = End(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         step=step,
         status=status,
         cause=" ".join(cause.split())[:MAX_CAUSE],
-        rank=int(os.environ.get("RANK") or 0),
+        rank=_number("RANK"),
         job=os.environ.get("SLURM_JOB_ID"),
-        restart=int(restart) if restart.isdecimal() else 0,
+        restart=_number("SLURM_RESTART_COUNT"),
     )
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,3 +74,46 @@ def read_ends(folder: Path) -> list[End]:
         with suppress(ValueError, TypeError):  # cut short, or of other fields
             ends.append(End(**json.loads(line)))
     return ends
+
+
+class RunEnd:
+    """This process's part in the end of a run.
+
+    Args:
+        folder: of the run.
+
+    Attributes:
+        steps: says how many steps are known to be taken; None before the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.steps: Callable[[], int | None] = lambda: None
+        self._earlier = len(read_ends(folder))
+
+    def record(self, status: int, cause: str) -> None:
+        """Write it down."""
+        record_end(self.folder, status, cause, self.steps())
+
+    def forced(self, cause: str) -> None:
+        """Say and write down, once among the ranks, that a signal ended the run unsaved (`signals.listen`)."""
+        if _number("RANK") and self.of_another(0.5):
+            return
+        self.record(EXIT_REQUEUE, cause)
+        os.write(2, f"\n{cause}\n".encode())  # not print: the main thread may hold its lock
+
+    def of_another(self, wait_s: float) -> End | None:
+        """The first end that another rank wrote down since this process started, within `wait_s` seconds from now."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            for end in read_ends(self.folder)[self._earlier :]:
+                if end.rank != _number("RANK"):
+                    return end
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.1)
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+from muco_ds.causes import cause_of
+from muco_ds.distributed import signals
+from muco_ds.ends import RunEnd
 
 _GRACE_S = 5.0
 
@@ -28,25 +36,82 @@ class UserError(ValueError):
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
+def exit_on_user_error(end: RunEnd | None = None) -> Iterator[None]:
     """Turn a UserError into `error: ...` on stderr and exit status 2, in one voice. A context manager and a decorator.
 
     Rank 0 speaks at once. Another rank speaks only where rank 0 may not know: it gives the launcher time to end it,
     which happens where rank 0 met the same mistake, and if it is still there then it says the line with its rank.
+
+    Any other exception ends one of several ranks too, with status 1, so that the launcher ends the others: after its
+    traceback and one line; the line alone where that says all (memory, a killed worker), or where the exception only
+    follows from what happened to another rank, which is given time to say it first. A single process raises it.
+
+    Args:
+        end: the run whose end is written down.
     """
     try:
         yield
     except UserError as error:
-        # LOCAL_RANK too, for programs that the launcher starts but that never form a group.
-        rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif not error.on_every_rank:
-            time.sleep(_GRACE_S)
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            # The interpreter's own end destroys the collectives' threads while other ranks may still be using them,
-            # which now and then aborts the process instead (seen with gloo: status -6).
-            sys.stdout.flush()
-            os._exit(2)
-        sys.exit(2)
+        _leave(2, str(error), end, first=_rank() == 0, silent=_rank() != 0 and error.on_every_rank)
+    except Exception as error:
+        cause = cause_of(error)
+        if not _ranks() and (cause.consequence or not cause.known):
+            if end is not None:
+                end.record(1, cause.line)
+            raise
+        if not cause.known:
+            traceback.print_exc()
+        _leave(1, cause.line, end, first=not cause.consequence)
+
+
+def _leave(status: int, line: str, end: RunEnd | None, *, first: bool, silent: bool = False) -> NoReturn:
+    """Say and record why, and go. What is not known to be the `first` thing that went wrong lets that be said first."""
+    # Launchers end the ranks that are left, by signals that must not pass this end for another.
+    if threading.current_thread() is threading.main_thread() and _ranks():
+        signals.ignore()
+        if status == 2:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever ended first met the same mistake
+    if not silent:
+        _say(status, line, end, first)
+    if not _ranks():
+        sys.exit(status)
+    # The interpreter's own end destroys the collectives' threads while other ranks may still be using them, which now
+    # and then aborts the process instead (seen with gloo: status -6), and may wait for what never comes.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _say(status: int, line: str, end: RunEnd | None, first: bool) -> None:
+    rank = _rank()
+    if not first:
+        # One after the other, so that of many ranks that lost the same one few say so.
+        wait_s = _GRACE_S + 0.1 * min(rank, 100)
+        other = None
+        if end is None:
+            time.sleep(wait_s)
+        else:
+            other = end.of_another(wait_s)
+        if other is not None:
+            if other.cause != line and _number("LOCAL_RANK") == 0:  # one line for each machine
+                print(f"error: rank {rank}: {line}; rank {other.rank} said: {other.cause}", file=sys.stderr)
+            return
+    if end is not None:
+        end.record(status, line)
+    everyone = rank == 0 and (status == 2 or not _ranks())
+    print(f"error: {line}" if everyone else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    # LOCAL_RANK too, for programs that the launcher starts but that never form a group.
+    return _number("RANK") or _number("LOCAL_RANK")
+
+
+def _ranks() -> bool:
+    return _number("WORLD_SIZE") > 1
+
+
+def _number(name: str) -> int:
+    """A launcher's variable; 0 where it is none, which is among the mistakes to be told."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 # What changes speed, memory, logging or where things lie, but not what is learned.
 MAY_CHANGE = (
-    *("run.dir", "run.max_steps", "run.epochs", "model.activation_checkpointing", "model.attention", "model.kernels"),
+    *("run.dir", "run.max_steps", "run.epochs", "run.deadline_s", "run.timeout_s"),
+    *("model.activation_checkpointing", "model.attention", "model.kernels"),
     *("data.images", "data.val", "data.index_dir", "data.workers", "batch.pack_tokens"),
     *("optim.max_skipped", "loss.key_exchange", "validation", "evaluation", "checkpoint", "log"),
 )

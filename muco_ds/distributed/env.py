@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from muco_ds.errors import UserError
 
-_TIMEOUT = timedelta(minutes=30)
+TIMEOUT_S = 1800.0
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "MV2_COMM_WORLD_SIZE": "mpirun"}
 _PATIENCE = timedelta(days=7)
 
 _patient_group: Any = None
@@ -42,20 +45,49 @@ def adopt_launcher() -> None:
     Programs call it first: without it every task of a plain srun would be a run of its own in the same folder.
 
     Raises:
-        UserError: srun started several tasks and nothing says where they meet.
+        UserError: srun started several tasks and nothing says where they meet, or what a launcher would have set is
+            there in part, or is not what a launcher sets.
     """
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks == 1:
-        return
-    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-    os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        problem = "under srun set MASTER_ADDR (the first machine of the job) and MASTER_PORT (any free port)"
-        raise UserError(problem, on_every_rank=True)
+    # Of an interactive step in a larger job SLURM_NTASKS is the job's.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks != "1":
+        ids = {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+        os.environ.update(ids, WORLD_SIZE=tasks)
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            problem = "under srun set MASTER_ADDR (the first machine of the job) and MASTER_PORT (any free port)"
+            raise UserError(problem, on_every_rank=True)
+    if (half_set := _half_set()) is not None:
+        raise UserError(half_set)
 
 
-def start() -> torch.device:
-    """Join the process group that the launcher describes (or a group of one) and return this rank's device."""
+def _half_set() -> str | None:
+    """What is wrong with the launcher's variables, or None."""
+    given = {name: os.environ[name] for name in _LAUNCHED if name in os.environ}
+    listed = ", ".join(f"{name}={value}" for name, value in given.items())
+    cure = f"start with deepspeed, torchrun or srun, or `unset {' '.join(given)}` for a single process"
+    if "RANK" not in given:
+        for name, launcher in _OTHER_LAUNCHERS.items():
+            if os.environ.get(name, "1") != "1":
+                return f"{launcher} started this ({name}={os.environ[name]}), but {cure.split(',', 1)[0]} or srun"
+        return f"{listed} but no RANK in the environment: {cure}" if given.get("WORLD_SIZE", "1") != "1" else None
+    if missing := [name for name in _LAUNCHED if name not in given]:
+        return f"{listed} but no {' and no '.join(missing)} in the environment: {cure}"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not given[name].isdecimal():
+            return f"{name}='{given[name]}' in the environment is no number: {cure}"
+    if not int(given["RANK"]) < int(given["WORLD_SIZE"]):
+        return f"{listed}: there is no such rank: {cure}"
+    return None
+
+
+def start(timeout_s: float = TIMEOUT_S) -> torch.device:
+    """Join the process group that the launcher describes (or a group of one) and return this rank's device.
+
+    Args:
+        timeout_s: for which a rank waits for another, here and in any collective of any group (but `patient` ones).
+    Raises:
+        UserError: the ranks do not find each other, or this one has no GPU.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -66,12 +98,42 @@ def start() -> torch.device:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
+        if local_rank() >= (devices := accelerator.device_count()):
+            raise UserError(
+                f"rank {rank()} is process {local_rank() + 1} on a machine of which it sees {devices} GPUs: start as "
+                "many as there are (CUDA_VISIBLE_DEVICES, --num_gpus, --nproc_per_node, --ntasks-per-node)"
+            )
         accelerator.set_device(local_rank())
     # DeepSpeed's shared-memory op for CPUs serves inference only, takes a compiler and half a minute, and a process
     # that is killed while loading it leaves a lock file that every later start waits for, forever.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=_TIMEOUT, verbose=False)
+    timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed makes groups of its own, for which it can't be told a time-out: 30 minutes, with NCCL 10.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
+    with _meeting():
+        deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Ranks that do not meet: where, and what to look at."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        problem = f"MASTER_ADDR={address} ({error.strerror}): give the first machine by a name or address that all of"
+        raise UserError(f"{problem} them can resolve (deepspeed and torchrun: --master_addr)") from error
+    try:
+        yield
+    except RuntimeError as error:  # DistNetworkError, DistStoreError, and gloo's, which are plain
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the {world_size()} ranks did not meet at MASTER_ADDR={address}, MASTER_PORT={port} ({said}): are all of "
+            "them started, can the machines reach each other, is the port free, and does GLOO_SOCKET_IFNAME (with GPUs "
+            "NCCL_SOCKET_IFNAME too) name the network between them?"
+        ) from error
 
 
 def stop() -> None:

@@ -17,6 +17,7 @@ LEVELS = [
     {
         "ends",
         "errors",
+        "causes",
         "compression_pooling",
         "config",
         "config_activations",
