@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
+_WHERE = re.compile(r"^\[[^\]]*\.(?:cc|cpp|h):\d+\] ?")
+_ADVICE = re.compile(r"\.? *This is typically caused by .*")
 _SILENCE = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 _COLLECTIVE = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket closed|no route to host|gloo|nccl|"
@@ -53,13 +55,16 @@ def cause_of(error: Exception) -> Cause:
                 known=True,
                 consequence=True,
             )
-        return Cause(f"lost another rank ({text}): see what that one said last", known=True, consequence=True)
-    return Cause(f"{type(error).__name__}: {text}")
+        cure = "see what that one said last; if nothing, it was killed, by hand or where memory ran out"
+        return Cause(f"lost another rank ({text}): {cure}", known=True, consequence=True)
+    kind = f"{type(error).__name__}: "
+    return Cause(kind + text.removeprefix(kind))
 
 
 def _telling_line(error: Exception) -> str:
-    """The message's first line; of an error that came from a worker with its traceback, the last."""
+    """The message's first line without gloo's places and advice; of a worker's error with its traceback, the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return ""
-    return lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    return _ADVICE.sub("", _WHERE.sub("", line))

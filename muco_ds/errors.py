@@ -93,13 +93,21 @@ def _say(status: int, line: str, end: RunEnd | None, first: bool) -> None:
         else:
             other = end.of_another(wait_s)
         if other is not None:
-            if other.cause != line and _number("LOCAL_RANK") == 0:  # one line for each machine
-                print(f"error: rank {rank}: {line}; rank {other.rank} said: {other.cause}", file=sys.stderr)
+            if _number("LOCAL_RANK") == 0 and not _beside(other.rank) and not (status == 2 and other.cause == line):
+                said = "" if other.cause == line else f"; rank {other.rank} said: {other.cause}"
+                print(f"error: rank {rank}: {line}{said}", file=sys.stderr, flush=True)
             return
     if end is not None:
         end.record(status, line)
     everyone = rank == 0 and (status == 2 or not _ranks())
     print(f"error: {line}" if everyone else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
+
+
+def _beside(rank: int) -> bool:
+    """Whether that rank is on this machine, where what it says is read together with what this one says."""
+    first = _number("RANK") - _number("LOCAL_RANK")
+    here = _number("LOCAL_WORLD_SIZE") or _number("LOCAL_SIZE") or _number("SLURM_NTASKS_PER_NODE")
+    return first <= rank < first + here
 
 
 def _rank() -> int:
