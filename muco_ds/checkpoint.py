@@ -139,7 +139,7 @@ class Checkpoints:
         self.places = [Place(place, keep, keep_every) for place in (folder, copies) if place is not None]
         self.background, self.frozen = background, frozen
         self._snapshots = Snapshots()
-        self._group = env.patient_group()  # the writing threads' own: training uses the others meanwhile
+        self._group = env.background_group()  # the writing threads' own: training uses the others meanwhile
         self._save: Save | None = None
         self._thread = threading.Thread()
 
@@ -186,10 +186,12 @@ class Checkpoints:
         Raises:
             UserError: on every rank, when any rank could not write it.
         """
-        if self._save is not None:
-            self.wait()
-            problem, self._save = self._save.problem, None
-            env.agree(problem, patient=True)
+        save, self._save = self._save, None
+        if save is not None:
+            with env.agreement(patient=True):
+                self.wait()
+                if save.problem is not None:
+                    raise UserError(save.problem)
 
     def wait(self, seconds: float | None = None) -> None:
         """Let this rank's part of it end, or that many seconds pass. Not collective."""
@@ -207,8 +209,9 @@ class Checkpoints:
             with env.agreement():
                 if not path.is_dir():
                     raise UserError(f"rank {env.rank()} does not see {path}: run.dir must be shared by all machines")
-            mine = {name for name in listed(path) if _owner(name) % env.world_size() == env.rank()}
-            problem = next(filter(None, env.from_all(damaged(path, mine), patient=True)), None)
+            with env.agreement(patient=True):  # of large ones some ranks read longer than others
+                mine = damaged(path, {name for name in listed(path) if _owner(name) % env.world_size() == env.rank()})
+            problem = next(filter(None, env.from_all(mine)), None)
             if problem is None:
                 return path
             if env.is_main():

@@ -239,7 +239,7 @@ _RANGES: dict[str, tuple[float, bool, float]] = {
     "run.max_steps": (1, True, math.inf),
     "run.epochs": (0, False, math.inf),
     "run.deadline_s": (0, False, 1e6),
-    "run.timeout_s": (1, True, 1e6),  # more would leave the range of some timers
+    "run.timeout_s": (5, True, 1e6),  # more would leave the range of some timers
     "model.compression_tokens": (0, True, 1024),
     "model.lora.rank": (0, True, math.inf),
     "model.lora.alpha": (1, True, math.inf),

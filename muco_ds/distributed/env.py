@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,9 @@ from muco_ds.errors import UserError
 TIMEOUT_S = 1800.0
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "MV2_COMM_WORLD_SIZE": "mpirun"}
-_PATIENCE = timedelta(days=7)
+_BACKGROUND = timedelta(days=7)
+_LIFE_S = 0.2
+"""Between two signs of life of ranks that wait for one that works."""
 
 _patient_group: Any = None
 
@@ -84,7 +87,7 @@ def start(timeout_s: float = TIMEOUT_S) -> torch.device:
     """Join the process group that the launcher describes (or a group of one) and return this rank's device.
 
     Args:
-        timeout_s: for which a rank waits for another, here and in any collective of any group (but `patient` ones).
+        timeout_s: for which a rank waits for another, here and in any collective of any group.
     Raises:
         UserError: the ranks do not find each other, or this one has no GPU.
     """
@@ -111,7 +114,7 @@ def start(timeout_s: float = TIMEOUT_S) -> torch.device:
     # DeepSpeed makes groups of its own, for which it can't be told a time-out: 30 minutes, with NCCL 10.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
-    with _meeting():
+    with nullcontext() if dist.is_initialized() else _meeting():
         deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
 
@@ -152,42 +155,36 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def from_all(value: Any, *, patient: bool = False, group: Any = None) -> list[Any]:
+def from_all(value: Any, *, group: Any = None) -> list[Any]:
     """Every rank's value, in rank order. Collective.
 
     Args:
-        patient: wait for the slowest, however long it works.
-        group: one of `patient_group`, for a thread of its own on each rank.
+        group: that of `background_group`, for the threads that it was made for.
     """
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=_patient() if patient else group)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
-def patient_group() -> Any:
-    """A new group of all ranks, on CPUs, in which ranks may wait longer than any collective may take. Collective."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
+def background_group() -> Any:
+    """A new group of all ranks, on CPUs, for a thread of each; None without a process group. Collective.
+
+    Its ranks may wait for each other for as long as they work: that one is gone shows in what the main threads do.
+    """
+    return dist.new_group(backend="gloo", timeout=_BACKGROUND) if dist.is_initialized() else None
 
 
-def _patient() -> Any:
-    global _patient_group
-    if _patient_group is None:
-        _patient_group = patient_group()
-    return _patient_group
-
-
-def agree(problem: str | None, *, patient: bool = False) -> None:
+def agree(problem: str | None) -> None:
     """Raise on every rank when any rank has a problem, so that no rank waits for one that left.
 
     Args:
         problem: one line, or None. Collective: every rank must call it.
-        patient: as in `from_all`.
     Raises:
         UserError: the problem of the lowest rank that has one.
     """
-    first = next((p for p in from_all(problem, patient=patient) if p is not None), None)
+    first = next((p for p in from_all(problem) if p is not None), None)
     if first is not None:
         raise UserError(first, on_every_rank=True)
 
@@ -197,14 +194,47 @@ def agreement(*, patient: bool = False) -> Iterator[None]:
     """What one rank finds wrong inside is raised on every rank. The body holds no collective; every rank must enter.
 
     Args:
-        patient: the body may take a rank far longer than the others.
+        patient: the body may take a rank far longer than the others, and than any collective may take.
     """
     problem = None
+    with _patience() if patient and world_size() > 1 else nullcontext():
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+    agree(problem)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """At the end wait for the slowest rank. Until then all tell each other that they live: who works long is waited
+    for, who is gone is noticed within the time-out. Collective."""
+    global _patient_group
+    if _patient_group is None:
+        _patient_group = dist.new_group(backend="gloo")
+    done = threading.Event()
+    failure: list[RuntimeError] = []
+    exchange = threading.Thread(target=_tell_of_life, args=(done, failure), daemon=True)
+    exchange.start()
+    yield  # an error that is not the user's ends this process, and thereby the exchange
+    done.set()
+    exchange.join()
+    if failure:
+        raise failure[0]
+
+
+def _tell_of_life(done: threading.Event, failure: list[RuntimeError]) -> None:
+    """Exchanges in a thread of its own until every rank is done."""
+    pause_s = 0.01
+    everyone = torch.zeros(1, dtype=torch.int64)
     try:
-        yield
-    except UserError as error:
-        problem = str(error)
-    agree(problem, patient=patient)
+        while everyone.item() < world_size():
+            done.wait(pause_s)
+            pause_s = min(2 * pause_s, _LIFE_S)
+            everyone = torch.tensor([int(done.is_set())])
+            dist.all_reduce(everyone, group=_patient_group)
+    except RuntimeError as error:
+        failure.append(error)
 
 
 def on_main(work: Callable[[], object]) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from muco_ds.data.schema import PackedBatch, RowCounts, StepBatch
 from muco_ds.data.segments import SegmentBuilder, causal, separate
 from muco_ds.data.vision import VisionInputs
+from muco_ds.distributed import signals
 from muco_ds.distributed.lockstep import Lockstep
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.errors import UserError
@@ -84,14 +85,15 @@ def test_every_rank_names_the_one_that_differs(what: str, said: str) -> None:
         assert message.startswith("rank 1 differs at step") and f"{what} {said}" in message
 
 
-def stopping() -> list[bool]:
+def stopping() -> tuple[bool, bool, int, int | None]:
     rank = dist.get_rank()
+    signals.listen(60.0, print)
     lockstep = Lockstep()
-    answers = [lockstep.stop_before(batch(0, rank))]
+    first = lockstep.stop_before(batch(0, rank))
     if rank == 2:
         os.kill(os.getpid(), signal.SIGUSR1)
-    return [*answers, lockstep.stop_before(batch(1, rank))]
+    return first, lockstep.stop_before(batch(1, rank)), lockstep.stopped_by, lockstep.steps
 
 
 def test_a_signal_to_one_rank_is_heard_by_all_before_the_next_step() -> None:
-    assert run_distributed(stopping, 3) == [[False, True]] * 3
+    assert run_distributed(stopping, 3) == [(False, True, signal.SIGUSR1, 1)] * 3

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from muco_ds.ends import read_ends
+
 from programs import Demo, losses
 from two_hosts import ADDRESSES, REPOSITORY, Process, TwoHosts, two_hosts, wait_until_logged, why_not
 
@@ -149,10 +150,18 @@ def test_a_machine_that_cannot_be_reached_is_one_line(demo: Demo, hosts: TwoHost
 
 def test_elastic_goes_on_with_the_ranks_that_are_left(demo: Demo, hosts: TwoHosts, tmp_path: Path) -> None:
     elastic = ["torchrun", "--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "3", "--rdzv_backend", "c10d"]
-    elastic += ["--rdzv_endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv_id", "run", "--rdzv_conf", "last_call_timeout=5"]
+    elastic += ["--rdzv_endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv_id", "run"]
     steps = 60
     agents = [
-        hosts.start(host, [*elastic, "--local_addr", address, *train(demo, tmp_path, max_steps=steps)], "elastic")
+        hosts.start(
+            host,
+            # Which machine has the store: torchrun compares names, which these two share.
+            [
+                *(*elastic, "--rdzv_conf", f"is_host={host == 0},last_call_timeout=5", "--local_addr", address),
+                *train(demo, tmp_path, max_steps=steps),
+            ],
+            "elastic",
+        )
         for host, address in enumerate(ADDRESSES)
     ]
     wait_until_logged(tmp_path / "run", 3, agents[0], START_S)
