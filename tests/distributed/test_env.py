@@ -107,7 +107,7 @@ def losing() -> str:
     env.on_main(str)
     if dist.get_rank() == 1:
         # Its threads go on to answer the kernel, but it takes part in nothing any more: as behind a cut cable.
-        time.sleep(8)
+        time.sleep(3)
         return ""
     with pytest.raises(RuntimeError, match="Timed out"):
         with env.agreement(patient=True):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ INTERFACE = "muco0"
 
 
 class Process:
-    """A command on a host, in a process group of its own; its output goes to a file."""
+    """A command on a host; its output goes to a file."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
@@ -45,20 +45,12 @@ class Process:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s:g} s\n{self.output[-3000:]}") from None
 
-    def kill(self) -> None:
-        """SIGKILL to it and to all that it started."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.process.wait()
-
 
 class TwoHosts:
     """Hosts 0 and 1."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self._names, self._started = folder, (f"{name}a", f"{name}b"), list[Process]()
+        self.folder, self._names = folder, (f"{name}a", f"{name}b")
 
     def start(self, host: int, argv: Sequence[str | Path], log: str, **environment: str) -> Process:
         """Start a command on a host, console scripts from beside this Python first in PATH."""
@@ -69,9 +61,7 @@ class TwoHosts:
         # Without it gloo takes the address of the machine's name, which other hosts need not reach.
         inherited |= {"GLOO_SOCKET_IFNAME": INTERFACE}
         command = ["ip", "netns", "exec", self._names[host], *map(str, argv)]
-        process = Process(command, inherited | environment, self.folder / f"{log}.{host}.log")
-        self._started.append(process)
-        return process
+        return Process(command, inherited | environment, self.folder / f"{log}.{host}.log")
 
     def cable(self, state: str) -> None:
         """Pull the cable ("down") or plug it in ("up"): no side is told, packets go nowhere."""
@@ -88,10 +78,16 @@ class TwoHosts:
                 _ip("-n", name, "link", "set", interface, "up")
 
     def down(self) -> None:
-        for process in self._started:
-            process.kill()
-        for name in self._names:
+        for host, name in enumerate(self._names):
+            self.lose(host)
             subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+
+    def lose(self, host: int) -> None:
+        """The machine is gone: SIGKILL to all that runs on it."""
+        pids = subprocess.run(["ip", "netns", "pids", self._names[host]], capture_output=True, text=True).stdout
+        for pid in pids.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def _ip(*argv: str) -> None:
