@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from muco_ds.ends import read_ends
+
 from programs import Demo, Job, Programs, losses, metrics, refusal
 
 STEPS, RANKS = 8, 2
@@ -113,6 +115,7 @@ def test_a_signal_to_the_whole_group_spares_the_loader_and_saves(
     wait_until(lambda: steps_logged(tmp_path) > 0, job)
     os.killpg(job.pid, signal.SIGTERM)
     assert job.wait().codes == [REQUEUE] * RANKS
+    assert [(end.status, end.cause) for end in read_ends(tmp_path / "run")] == [(REQUEUE, "signal SIGTERM")]
     programs.run(demo.train(tmp_path, overrides), ranks=RANKS).check()
     assert losses(tmp_path) == losses(uninterrupted)
 
