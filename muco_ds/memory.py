@@ -123,15 +123,14 @@ def estimate(
         parts["embeddings"] = head.state_bytes(load.predicted, width, trained_norm=not lora.rank)
         parts["logits"] = _head_bytes(head, load, width, activations, reduction)
         parts["update"] = max(parts["update"], 2 * head.held_bytes(width))
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    written = _written(weights, stage, width, world_size, adapter=lora.rank > 0)
+    written = _written(weights, ds_config, width, world_size, adapter=lora.rank > 0)
     known = Memory(**parts, allowance=0, host=host, checkpoint=optimizer + written)
     return replace(known, allowance=CONTEXT + int(_FRAGMENTATION * known.total))
 
 
-def _written(weights: list[Weight], stage: int, width: int, world_size: int, *, adapter: bool) -> int:
+def _written(weights: list[Weight], ds_config: dict[str, Any], width: int, world_size: int, *, adapter: bool) -> int:
     """Bytes of weights in a checkpoint beside the optimizer's: rank 0's whole; under ZeRO-3 a part of the frozen."""
-    if stage == 3:
+    if ds_config.get("zero_optimization", {}).get("stage") == 3:
         return 0 if adapter else sum(-(-weight.numel // world_size) for weight in weights if not weight.trained) * width
     return sum(weight.numel for weight in weights if weight.trained or not adapter) * width
 
