@@ -31,6 +31,7 @@ setup(
         "numpy",
         "peft",
         "pillow",
+        "psutil",
         "pyyaml",
         "safetensors",
         "tensorboard",

@@ -47,11 +47,14 @@ def main() -> int:
 def train(config: RunConfig, end: RunEnd) -> int:
     """Exit status of a run that ended as it should."""
     check_paths(config)
+    from muco_ds.health import Health
     from muco_ds.trainer import Trainer  # imports take seconds; a typo in the command line should not
 
-    trainer = Trainer(config, env.start(config.run.timeout_s))
-    end.steps = lambda: trainer.lockstep.steps
-    finished = trainer.fit()
+    device = env.start(config.run.timeout_s)
+    with Health(end.folder, timeout_s=config.run.timeout_s) as health:
+        trainer = Trainer(config, device, health)
+        end.steps = lambda: trainer.lockstep.steps
+        finished = trainer.fit()
     if env.is_main():
         if finished:
             end.steps = lambda: trainer.max_steps

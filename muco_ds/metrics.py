@@ -8,11 +8,13 @@ import os
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -28,9 +30,14 @@ row/key entries excluded for the row's image, else its target's text, else their
 
 METRIC_KEYS = CONTRASTIVE_KEYS | frozenset(
     {"step", "loss", "lr", "grad_norm", "pairs", "images", "llm_tokens", "vit_patches", "pairs_per_s", "tokens_per_s"}
-    | {"mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib"}
+    | {"mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "resident_gib", "open_files"}
+    | {f"{what}_{spread}" for what in ("step_s", "data_wait_s") for spread in ("p50", "p90", "max")}
+    | {"slowest_rank", "slowest_late_s"}
 )
 """Every line of metrics.jsonl holds at least these. `mfu` is null where the device has no sourced peak."""
+
+WINDOW = 256
+"""Steps whose times are kept between two logging steps: with a thousand ranks, two megabytes are gathered."""
 
 
 class MetricsWriter:
@@ -91,20 +98,26 @@ class Meter:
     """Sums work and time between two logging steps; validation and saving don't count."""
 
     def __init__(self) -> None:
+        self._edge = time.perf_counter()
         self._reset()
 
     def _reset(self) -> None:
         self._start = time.perf_counter()
         self._waited = self._flops = 0.0
         self._pairs = self._tokens = self.replaced_images = 0
+        self._steps: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
 
-    def add(self, batch: StepBatch, waited: float) -> None:
-        """A step: the work of all ranks, the pictures that this rank replaced, the seconds it waited for data."""
+    def add(self, batch: StepBatch, waited: float, met: float) -> None:
+        """A step, which ends here: the work of all ranks, the pictures that this rank replaced, the seconds that it
+        waited for data and, at the step's edge, for the other ranks."""
         self._pairs += batch.pairs
         self._tokens += int(batch.cost["llm_tokens"])
         self._flops += batch.cost["flops"]
         self._waited += waited
         self.replaced_images += sum(pack.replaced_images for pack in batch.packs)
+        now = time.perf_counter()
+        self._steps.append((now - self._edge, waited, met))
+        self._edge = now
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -112,7 +125,19 @@ class Meter:
             torch.cuda.synchronize()
         start = time.perf_counter()
         yield
-        self._start += time.perf_counter() - start
+        pause = time.perf_counter() - start
+        self._start += pause
+        self._edge += pause
+
+    def own(self, device: torch.device) -> torch.Tensor:
+        """What `spread` needs of this rank and its device, before `rates` ends the window.
+
+        Returns:
+            float32 [3 n + 3]: seconds of the window's n steps, of their waits for data and for ranks; memory, files.
+        """
+        process = psutil.Process()
+        held = [process.memory_info().rss / 2**30, peak_memory_gib(device), float(process.num_fds())]
+        return torch.tensor([*(value for column in zip(*self._steps, strict=True) for value in column), *held])
 
     def rates(self, world_size: int, peak: float | None) -> dict[str, float | None]:
         """Throughput of all ranks over the window, which ends here. The caller has waited for the device."""
@@ -125,6 +150,29 @@ class Meter:
         }
         self._reset()
         return rates
+
+
+def spread(own_RV: np.ndarray) -> dict[str, float | int]:
+    """Times of single steps over all ranks and the window, the largest memory, and the slowest rank.
+
+    Ranks take a step together, so that a slow one is known by not waiting: it comes last to the step's edge. What
+    makes it late there is its data, its processor or its disk; a slow GPU hides in the collectives within the step.
+
+    Args:
+        own_RV: a row of `Meter.own` of each rank.
+    """
+    step_RN, data_RN, met_RN = np.split(own_RV[:, :-3], 3, axis=1)
+    values: dict[str, float | int] = {}
+    for name, seconds in (("step_s", step_RN), ("data_wait_s", data_RN)):
+        p50, p90 = np.percentile(seconds, [50, 90]).tolist()
+        values |= {f"{name}_p50": p50, f"{name}_p90": p90, f"{name}_max": float(seconds.max())}
+    met_R = met_RN.mean(axis=1)
+    slowest = int(met_R.argmin())
+    others = np.delete(met_R, slowest)
+    late = float(np.median(others) - met_R[slowest]) if len(others) else 0.0
+    resident, peak, files = own_RV[:, -3:].max(axis=0).tolist()
+    values |= {"slowest_rank": slowest, "slowest_late_s": late}
+    return values | {"resident_gib": resident, "peak_mem_gib": peak, "open_files": int(files)}
 
 
 def mask_fractions(total: Mapping[str, float]) -> dict[str, float]:

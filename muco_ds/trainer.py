@@ -25,11 +25,12 @@ from muco_ds.data.plan import spread_steps
 from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env
 from muco_ds.distributed.lockstep import Lockstep
-from muco_ds.distributed.watchdog import Watchdog
 from muco_ds.errors import UserError
 from muco_ds.eval.held_out import Validation
 from muco_ds.flops import peak_flops
-from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib
+from muco_ds.health import Health
+from muco_ds.heartbeat import SAVING, VALIDATING
+from muco_ds.metrics import Meter, MetricsWriter, peak_memory_gib, spread
 from muco_ds.models.encode import encode_dialogues
 from muco_ds.models.probe import probe_dialogues
 from muco_ds.nonfinite import NonFiniteGuard
@@ -48,13 +49,17 @@ VERSIONED = ("torch", "deepspeed", "transformers", "muco_ds")
 class Trainer:
     """One run. Every rank builds one and calls `fit`.
 
+    Args:
+        health: what is told how the run goes on; nothing is by default.
+
     Raises:
         UserError: whatever of the user's input turns out wrong, on every rank.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, health: Health | None = None) -> None:
         self.config, self.device = config, device
         self.folder = Path(config.run.dir) / config.run.name
+        self.health = health or Health(self.folder)
         self.lockstep = Lockstep()
         self.data = build_data(config)  # first, because its mistakes are found in seconds
         self.validations: list[tuple[int, Validation]] = []  # and the steps between two
@@ -107,43 +112,47 @@ class Trainer:
         """Train to the last step. False when a signal ended the run early (state saved)."""
         bar = tqdm(total=self.max_steps, initial=self.start_step, desc=self.config.run.name, disable=not env.is_main())
         written = nullcontext() if self.metrics is None else closing(self.metrics)
-        with bar, closing(Watchdog(self.folder / "stacks")) as watchdog, written:
+        with bar, written:
             try:
-                return self._steps(bar, watchdog)
+                return self._steps(bar)
             except UserError as error:
                 if error.on_every_rank:  # all are there to finish what is being written; it is a good state
                     self.checkpoints.wait(_LAST_WRITE_S)
                 raise
 
-    def _steps(self, bar: tqdm, watchdog: Watchdog) -> bool:
+    def _steps(self, bar: tqdm) -> bool:
         """Step, log, validate and save to the end of the run or to a signal."""
-        config, meter = self.config, Meter()
+        config, meter, health = self.config, Meter(), self.health
         step = saved = self.start_step
         stopped = False
+        health.begin(step, self.max_steps)
         for batch, waited in self._batches():
-            watchdog.step()
+            health.edge(waited)
             if stopped := self.lockstep.stop_before(batch, now=self.checkpoints.failed):
                 break
+            met = health.training()
             stats = self.train_step(batch)
             step = batch.step + 1
             last = step == self.max_steps
-            meter.add(batch, waited)
+            health.stepped(step)
+            meter.add(batch, waited, met)
             bar.update()
             held_out: dict[str, float] = {}
             for every, validation in self.validations:
                 if _due(step, every, last):
-                    with watchdog.resting(), meter.paused():
+                    with health.during(VALIDATING), meter.paused():
                         held_out |= self._validate(validation, step)
             if held_out or _due(step, config.log.every, last):
                 bar.set_postfix_str(self._log(batch, stats, meter, held_out))
             if _due(step, config.checkpoint.every, last):
-                with watchdog.resting(), meter.paused():
+                with health.during(SAVING), meter.paused():
                     self._save(step)
                 saved = step
-        with watchdog.resting():
+        with health.during(SAVING):
             if step > saved:
                 self._save(step)
             self.checkpoints.finish()
+        health.end(finished=not stopped)
         return not stopped
 
     def dry_run(self, most_steps: int = 50) -> None:
@@ -187,6 +196,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         while True:
+            self.health.loading()
             start = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
@@ -199,6 +209,7 @@ class Trainer:
         replaced = torch.tensor(float(meter.replaced_images), device=self.device)
         totals = env.sum_over_ranks(torch.stack([*(stats[name].float() for name in names), replaced])).tolist()
         total = dict(zip([*names, "replaced_images"], totals, strict=True))
+        own_RV = env.rows_of_ranks(meter.own(self.device).to(self.device))
         rates = meter.rates(env.world_size(), peak_flops(self.device))
         values: dict[str, float | int | None] = {
             "step": batch.step + 1,
@@ -215,7 +226,7 @@ class Trainer:
             **rates,
             "pack_fill": batch.cost["pack_fill"],
             "imbalance": batch.cost["imbalance"],
-            "peak_mem_gib": peak_memory_gib(self.device),
+            **spread(own_RV.cpu().numpy()),
             **self.task.metrics(total),
             "replaced_images": int(total["replaced_images"]),
             "skipped_steps": self.guard.skipped,

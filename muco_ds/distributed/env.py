@@ -253,3 +253,12 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def rows_of_ranks(values_V: torch.Tensor) -> torch.Tensor:
+    """Every rank's values, float32 [ranks, V] in rank order, on the device of this rank's."""
+    if not dist.is_initialized():
+        return values_V[None]
+    rows_RV = values_V.new_empty(dist.get_world_size(), len(values_V))
+    dist.all_gather_into_tensor(rows_RV, values_V)
+    return rows_RV

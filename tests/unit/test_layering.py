@@ -39,8 +39,15 @@ LEVELS = [
         "families",
         "files",
         "flops",
+<<<<<<< HEAD
         "manifest",
+=======
+        "health",
+        "heartbeat",
+>>>>>>> dccda5a (Health: a log and a heartbeat of each rank, slowest rank and percentiles in the metrics, tools/status.py)
         "optim",
+        "rank_log",
+        "run_status",
         "search",
         "temperature",
     },
