@@ -46,6 +46,7 @@ class RankLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handler = RotatingFileHandler(path, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8")
         self._handler.setFormatter(_Utc("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ"))
+        self._handler.setLevel(logging.INFO)
         self._handler.handleError = lambda record: None  # type: ignore[method-assign]
         self._file = logging.Logger("rank")  # of no hierarchy: what goes here is on the console already
         self._file.addHandler(self._handler)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from muco_ds import metrics
 from muco_ds.data.schema import RowCounts, StepBatch
-from muco_ds.metrics import METRIC_KEYS, Meter, MetricsWriter, peak_memory_gib
+from muco_ds.metrics import METRIC_KEYS, WINDOW, Meter, MetricsWriter, peak_memory_gib, spread
 
 
 def values(step: int, **more: float | None) -> dict[str, float | int | None]:
@@ -107,13 +107,13 @@ def batch(tokens: int, flops: float, queries: list[int]) -> StepBatch:
 
 def test_rates_of_a_window(clock: Clock) -> None:
     meter = Meter()
-    meter.add(batch(1000, 4e12, [3, 4]), waited=0.5)
-    meter.add(batch(3000, 6e12, [7, 6]), waited=1.5)
+    meter.add(batch(1000, 4e12, [3, 4]), waited=0.5, met=0.0)
+    meter.add(batch(3000, 6e12, [7, 6]), waited=1.5, met=0.0)
     clock.now += 10
     rates = meter.rates(world_size=2, peak=1e12)
     assert rates == pytest.approx({"pairs_per_s": 2.0, "tokens_per_s": 400.0, "mfu": 0.5, "data_wait_frac": 0.2})
     clock.now += 5  # a new window knows nothing of the last
-    meter.add(batch(100, 0.0, [5]), waited=0.0)
+    meter.add(batch(100, 0.0, [5]), waited=0.0, met=0.0)
     again = meter.rates(world_size=1, peak=None)
     assert again["mfu"] is None
     assert (again["pairs_per_s"], again["tokens_per_s"], again["data_wait_frac"]) == pytest.approx((1.0, 20.0, 0.0))
@@ -126,10 +126,44 @@ def test_pauses_do_not_count(clock: Clock) -> None:
         with meter.paused():
             clock.now += pause
     clock.now += 1
-    meter.add(batch(400, 8e12, [4]), waited=1.0)
+    meter.add(batch(400, 8e12, [4]), waited=1.0, met=0.0)
     assert meter.rates(1, peak=4e12) == pytest.approx(
         {"pairs_per_s": 1.0, "tokens_per_s": 100.0, "mfu": 0.5, "data_wait_frac": 0.25}
     )
+
+
+def own(clock: Clock, steps: list[tuple[float, float, float]]) -> np.ndarray:
+    """What a rank's meter has to say of steps of so many seconds, of which it waited for data and for ranks."""
+    meter = Meter()
+    for seconds, waited, met in steps:
+        with meter.paused():
+            clock.now += 50  # validation
+        clock.now += seconds
+        meter.add(batch(1, 1.0, [1]), waited, met)
+    return meter.own(torch.device("cpu")).numpy()
+
+
+def test_percentiles_are_over_single_steps_of_all_ranks(clock: Clock) -> None:
+    first = own(clock, [(1.0 + i, 0.1, 0.3) for i in range(10)])
+    second = own(clock, [(1.0 + i, 0.1 * i, 0.1) for i in range(10)])
+    third = own(clock, [(1.0 + i, 0.1, 0.4) for i in range(10)])
+    second[-3:] = [5.0, 1.0, 7.0]
+    first[-3:] = third[-3:] = [3.0, 2.0, 9.0]
+    values = spread(np.stack([first, second, third]))
+    assert [values[f"step_s_{p}"] for p in ("p50", "p90", "max")] == pytest.approx([5.5, 9.0 + 0.1, 10.0], abs=0.11)
+    assert [values[f"data_wait_s_{p}"] for p in ("p50", "max")] == pytest.approx([0.1, 0.9])
+    assert 0.4 < values["data_wait_s_p90"] < 0.7
+    assert values["slowest_rank"] == 1, "the one that waits least for the others"
+    assert values["slowest_late_s"] == pytest.approx(0.35 - 0.1)
+    assert (values["resident_gib"], values["peak_mem_gib"], values["open_files"]) == (5.0, 2.0, 9)
+
+
+def test_one_rank_alone_is_never_late_and_a_long_window_is_cut(clock: Clock) -> None:
+    row = own(clock, [(9.0, 9.0, 9.0)] * 5 + [(1.0, 0.2, 0.1)] * WINDOW)
+    values = spread(row[None])
+    assert (values["slowest_rank"], values["slowest_late_s"]) == (0, 0.0)
+    assert values["step_s_max"] == pytest.approx(1.0)
+    assert 0.05 < values["resident_gib"] < values["peak_mem_gib"] + 0.01 < 64 and values["open_files"] > 2
 
 
 def test_peak_memory_is_gibibytes_of_this_process() -> None:
