@@ -259,6 +259,6 @@ def rows_of_ranks(values_V: torch.Tensor) -> torch.Tensor:
     """Every rank's values, float32 [ranks, V] in rank order, on the device of this rank's."""
     if not dist.is_initialized():
         return values_V[None]
-    rows = values_V.new_empty(dist.get_world_size() * len(values_V))  # gloo takes them flat alone
-    dist.all_gather_into_tensor(rows, values_V)
-    return rows.view(-1, len(values_V))
+    rows = [torch.empty_like(values_V) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, values_V)
+    return torch.stack(rows)
