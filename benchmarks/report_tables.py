@@ -226,6 +226,11 @@ TABLES = {
         pooler,
     ),
     "encode": Table("Inference", "Against sentence-transformers.", generic, ("preset", "dtype", "rows")),
+    "overhead": Table(
+        "Watching a run",
+        "Guards, heartbeat, meter and log as shares of a step of the demo; a heartbeat's of the seconds between two.",
+        generic, ("ranks",),
+    ),
     "input": Table("The input side", "Decode, resize and patch layout.", generic),
 }  # fmt: skip
 EXTRA = {

@@ -40,11 +40,12 @@ class Health:
 
     Args:
         folder: the run's.
+        timeout_s: of the collectives; stacks are written before it ends the run.
         every_s: seconds between two heartbeats of a rank.
     """
 
-    def __init__(self, folder: Path, *, every_s: float | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, timeout_s: float = 1800.0, every_s: float | None = None) -> None:
+        self.folder, self._timeout_s = folder, timeout_s
         self.every_s = every_s or max(EVERY_S, env.world_size() / MOST_WRITES_PER_S)
         self._path = heartbeat_path(folder, env.rank())
         self._steps: int | None = None
@@ -62,7 +63,7 @@ class Health:
             try:
                 self._log = RankLog(self.folder, env.rank())
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                watchdog = Watchdog(self.folder / "stacks")
+                watchdog = Watchdog(self.folder / "stacks", rest_s=self._timeout_s * 5 / 6)
             except OSError as error:
                 problem = f"run.dir: can't write to '{self.folder}' ({error.strerror}): set another folder"
                 raise UserError(problem) from error

@@ -12,10 +12,6 @@ from pathlib import Path
 
 from muco_ds.distributed import env
 
-REST_S = 25 * 60.0
-"""Before the collectives' own time-out (30 minutes) ends the run: after it nobody is left to write."""
-
-
 class Watchdog:
     """Each rank watches itself; in a hang all of them write. From here to the first step it rests.
 
@@ -23,12 +19,13 @@ class Watchdog:
         folder: stacks go to `folder/rank_N.txt`, which is removed at the end if it stayed empty.
         least_s: a step is never called late before this many seconds.
         times: nor before this many times the median of the last steps.
-        rest_s: nor a rest before this many, or three times the longest of its kind.
+        rest_s: nor a rest before this many, or three times the longest of its kind. A step is late after as many, too:
+            with less than the collectives' time-out, which ends a run, the stacks are there before.
 
     `limit_s`: seconds after which what goes on now is late.
     """
 
-    def __init__(self, folder: Path, *, least_s: float = 120.0, times: float = 20.0, rest_s: float = REST_S) -> None:
+    def __init__(self, folder: Path, *, least_s: float = 120.0, times: float = 20.0, rest_s: float = 1500.0) -> None:
         self._least_s, self._times, self._rest_s = least_s, times, rest_s
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank_{env.rank()}.txt"
@@ -59,7 +56,8 @@ class Watchdog:
         self._start = now
         usual = self.usual_s
         # Before the first step has a duration, compilation and caches may take long: ten times the least.
-        self._arm(10 * self._least_s if usual is None else max(self._least_s, self._times * usual))
+        limit_s = 10 * self._least_s if usual is None else max(self._least_s, self._times * usual)
+        self._arm(min(limit_s, self._rest_s))
 
     @contextmanager
     def resting(self, what: str) -> Iterator[None]:

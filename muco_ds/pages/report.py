@@ -40,7 +40,10 @@ SPEED = {
     "tokens per second": (("tokens_per_s",), False),
     "MFU": (("mfu",), True),
     "waiting for data": (("data_wait_frac",), True),
+    "seconds of a step": (("step_s_p50", "step_s_p90", "step_s_max"), False),
+    "seconds that the slowest rank is late": (("slowest_late_s",), False),
     "peak memory, GiB": (("peak_mem_gib",), False),
+    "resident memory, GiB": (("resident_gib",), False),
     "fill of packs": (("pack_fill",), True),
     "imbalance of ranks (largest / mean)": (("imbalance",), False),
 }
@@ -142,7 +145,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
             median = statistics.median(values)
             found.append((name, _percent(median) if percent else number(median), "median"))
     if memory := run.values("peak_mem_gib"):
-        found.append(("peak memory", f"{max(value for _, value in memory):.1f} GiB", "of rank 0"))
+        found.append(("peak memory", f"{max(value for _, value in memory):.1f} GiB", "the largest of the ranks"))
     return found
 
 

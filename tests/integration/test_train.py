@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from muco_ds.config_cli import load_config, parse_args
 from muco_ds.metrics import METRIC_KEYS
+from muco_ds.rank_log import log_path
+from muco_ds.run_status import FINISHED, read_status
 
 from programs import Demo, Programs, Result, losses, metrics
 
@@ -24,6 +26,8 @@ PROMISED_KEYS = (
     *("tokens_per_s", "mfu", "pack_fill", "imbalance", "data_wait_frac", "peak_mem_gib", "masked_frac"),
     *("same_image_frac", "same_target_frac", "false_negative_frac", "extra_positive_frac"),
     *("in_batch_top1", "pos_sim", "hardest_neg_sim", "negatives"),
+    *("step_s_p50", "step_s_p90", "step_s_max", "data_wait_s_p50", "data_wait_s_p90", "data_wait_s_max"),
+    *("slowest_rank", "slowest_late_s", "resident_gib", "open_files"),
 )
 SHORT = {"run.max_steps": STEPS}
 
@@ -67,6 +71,21 @@ def test_every_metrics_line_holds_the_promised_keys(launched: tuple[Path, Result
         assert line["mfu"] is None, "no peak is known of a CPU"
         assert all(isinstance(line[key], int | float) for key in PROMISED_KEYS if key != "mfu")
     assert [("val/overall/precision@1" in line) for line in lines] == [False, True, True]
+
+
+def test_each_rank_leaves_a_log_and_a_heartbeat(launched: tuple[Path, Result]) -> None:
+    folder = launched[0] / "run"
+    status = read_status(folder)
+    assert (status.verdict, status.step, status.steps, status.ranks) == (FINISHED, STEPS, STEPS, 2)
+    assert status.checkpoint == f"step_{STEPS:07d}" and status.checkpoint_bytes and not status.warnings
+    assert status.validation["step"] == STEPS and status.phase == "ended"
+    for rank in (0, 1):
+        written = log_path(folder, rank).read_text()
+        assert f"start: rank {rank} of 2" in written and "steps 0 to 3 of 8 examples" in written
+    assert launched[1].output.count("steps 0 to 3 of 8 examples") == 1, "the console shows rank 0 alone"
+    for line in metrics(launched[0]):
+        assert 0 < line["step_s_p50"] <= line["step_s_max"] and line["slowest_rank"] in (0, 1)
+        assert 0 <= line["slowest_late_s"] < 60 and line["open_files"] > 5
 
 
 def test_the_saved_config_is_the_run(launched: tuple[Path, Result], demo: Demo) -> None:

@@ -55,6 +55,8 @@ def test_a_rest_has_a_limit_too_which_learns_how_long_rests_are(tmp_path: Path) 
         hang_here(0.4)
     with watchdog.resting("saving"):
         assert watchdog.limit_s == 0.2
+    watchdog.step()
+    assert watchdog.limit_s == 0.2, "of a step: what collectives allow is less than what it would be given"
     watchdog.close()
     assert (tmp_path / "stacks" / "rank_0.txt").read_text() == written
 
