@@ -12,6 +12,7 @@ from pathlib import Path
 
 from muco_ds.distributed import env
 
+
 class Watchdog:
     """Each rank watches itself; in a hang all of them write. From here to the first step it rests.
 
