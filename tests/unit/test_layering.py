@@ -39,12 +39,9 @@ LEVELS = [
         "families",
         "files",
         "flops",
-<<<<<<< HEAD
-        "manifest",
-=======
         "health",
         "heartbeat",
->>>>>>> dccda5a (Health: a log and a heartbeat of each rank, slowest rank and percentiles in the metrics, tools/status.py)
+        "manifest",
         "optim",
         "rank_log",
         "run_status",
