@@ -88,7 +88,7 @@ def measure(argv: list[str], folder: Path, repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with Health(folder / "run") as health:
         parts = Parts(argv, folder, health)
-        calls: dict[str, Callable[[], None]] = {
+        calls: dict[str, Callable[[], object]] = {
             **{"step": parts.step, "lockstep": parts.lockstep, "nonfinite": parts.nonfinite},
             **{"watchdog_and_position": parts.position, "meter": parts.meter_, "log": parts.log},
             "heartbeat": parts.heartbeat,
