@@ -41,8 +41,8 @@ class Weight:
 class Memory:
     """Bytes on the device by part.
 
-    Not part of `total`: `host`, what the DeepSpeed JSON moves to the CPU, and `checkpoint`, what the fullest rank adds to
-    one, of which `checkpoint.background` keeps a copy on the host.
+    Not part of `total`: `host`, what the DeepSpeed JSON moves to the CPU, and `checkpoint`, what the fullest rank adds
+    to one, of which `checkpoint.background` keeps a copy on the host.
     """
 
     weights: int
@@ -95,8 +95,7 @@ def estimate(
     """
     weights = parameters(backbone, vocabulary, freeze_vision, lora, new_tokens)
     head = vocabulary_head(backbone, vocabulary, lora, new_tokens) if predicts_tokens else None
-    if head is not None and not head.tied:
-        weights.append(Weight(head.numel, head.trained))
+    weights += [Weight(head.numel, head.trained)] if head is not None and not head.tied else []
     width = _BYTES[precision]
     device, host, optimizer = _states(weights, ds_config, width, world_size, several_packs=load.packs > 1)
     activations = activation_bytes(
