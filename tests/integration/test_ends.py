@@ -38,7 +38,9 @@ def test_what_happens_to_one_rank_ends_all_and_is_said_once(
 
 def test_a_second_signal_ends_a_run_that_hangs(demo: Demo, programs: Programs, tmp_path: Path) -> None:
     job = programs.start([FAULTY, *demo.train(tmp_path)[1:]], ranks=2, FAULT="hangs")
-    while "fault at" not in (job.folder / "stdout.1").read_text():
+    output, deadline = job.folder / "stdout.1", time.monotonic() + 60
+    while not (output.exists() and "fault at" in output.read_text()):
+        assert time.monotonic() < deadline, job.kill()
         time.sleep(0.05)
     job.signal(1, signal.SIGTERM)
     time.sleep(2.5)
