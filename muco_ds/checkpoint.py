@@ -30,6 +30,7 @@ import torch
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
 from muco_ds.manifest import Entry, damaged, discard, flush, flushed, incomplete, listed, seal
+from muco_ds.safe_load import tensors_only
 from muco_ds.snapshot import Snapshots, State
 
 log = logging.getLogger(__name__)
@@ -305,7 +306,7 @@ def load_files(engine: Any, folder: Path, *, frozen: bool = True) -> None:
     Raises:
         UserError: there are none.
     """
-    with _own_hyperparameters(engine):
+    with _own_hyperparameters(engine), tensors_only(folder):
         loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=frozen)
     if loaded is None:  # DeepSpeed only warns, and the run would start from the first weights again
         raise UserError(f"{folder}: DeepSpeed can't load it: remove it to resume from an older one")

@@ -36,6 +36,7 @@ from muco_ds.models.folder import SETTINGS_FILE, Processing, Settings, read_sett
 from muco_ds.models.head import NAME as HEAD_NAME
 from muco_ds.models.head import enlarged, tied
 from muco_ds.models.probe import probe_dialogues
+from muco_ds.safe_load import tensors_only
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PREFIX = "embedder.model."
@@ -197,7 +198,10 @@ def checkpoint_weights(folder: Path, stage: int) -> dict[str, Weight]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        with tensors_only(path):
+            return torch.load(path, map_location="cpu", mmap=True)
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{path}: does not load ({type(error).__name__}): convert another checkpoint") from error
 

@@ -30,6 +30,7 @@ import torch
 from muco_ds.checkpoint import TAG, UNIVERSAL, load_files, read_meta
 from muco_ds.errors import UserError
 from muco_ds.manifest import MANIFEST, damaged, flushed, incomplete, seal
+from muco_ds.safe_load import tensors_only
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def universal_form(checkpoint: Path, *, workers: int = WORKERS) -> Path:
     except BrokenProcessPool:
         problem = f"{checkpoint}: the process that converts it was killed; if memory ran out, give it more or run"
         raise UserError(f"{problem} tools/reshard_ckpt.py --workers 1") from None
+    except UserError:
+        raise
     except Exception as error:  # a full disk and damaged shards raise almost anything
         problem = f"{checkpoint}: can't be converted for another number of ranks ({type(error).__name__}: {error})"
         raise UserError(f"{problem.splitlines()[0]}: free space, or start as many as wrote it") from error
@@ -132,7 +135,7 @@ def _convert(shards: Path, out: Path, workers: int, stage: int) -> None:
         **{"num_extract_workers": workers, "num_merge_workers": workers},
         inject_missing_state=True,  # a note on tensor parallelism, which no run here has
     )
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), tensors_only(shards):  # its workers inherit that
         ds_to_universal.main(args)
     if stage == 3:
         _drop_first_shard(out / "zero" / "optimizer_state.pt")
@@ -140,7 +143,8 @@ def _convert(shards: Path, out: Path, workers: int, stage: int) -> None:
 
 def _drop_first_shard(path: Path) -> None:
     """DeepSpeed keeps rank 0's whole shard in this file, which every rank reads, for the sake of its step counters."""
-    state = torch.load(path, map_location="cpu", weights_only=False)
+    with tensors_only(path):
+        state = torch.load(path, map_location="cpu")
     state.pop("fp32_flat_groups")
     optimizer = state["optimizer_state_dict"]
     optimizer["state"] = {key: {"step": values["step"]} for key, values in optimizer["state"].items()}

@@ -45,6 +45,7 @@ LEVELS = [
         "optim",
         "rank_log",
         "run_status",
+        "safe_load",
         "search",
         "temperature",
     },
