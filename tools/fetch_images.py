@@ -34,6 +34,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--retries", type=int, default=3, help="after timeouts, 429, 5xx and the like (default 3)")
     parser.add_argument("--max_bytes", type=int, default=50_000_000, help="of one picture (default 50,000,000)")
     parser.add_argument("--short_side", type=int, help="make larger pictures smaller, to this shorter side")
+    own = "URLs may lead to this machine and its networks, too: for data of your own"
+    parser.add_argument("--allow_private", action="store_true", help=own)
     return parser.parse_args()
 
 
@@ -67,10 +69,12 @@ def main() -> int:
     from muco_ds.factory.download import DownloadOptions  # imports take seconds; a typo above should not
     from muco_ds.factory.fetch import Fetch, FetchOptions
 
-    download = DownloadOptions(args.timeout, args.retries, args.max_bytes, args.short_side)
+    download = DownloadOptions(args.timeout, args.retries, args.max_bytes, args.short_side, args.allow_private)
     options = FetchOptions(
         args.data, args.output, download, args.url_column, args.name_column, args.named, args.concurrency
     )
+    if args.allow_private:
+        print("--allow_private: URLs and redirects may lead to this machine and its own networks")
     fetch = Fetch(options)
     ended_by = fetch.run()
     show(fetch)

@@ -29,6 +29,9 @@ AGAIN = (408, 425, 429)
 OPT_OUT = ("noai", "noimageai")
 """X-Robots-Tag directives by which a site keeps its pictures out of training data."""
 
+TYPES = ("image/", "application/octet-stream", "binary/octet-stream")
+"""How the Content-Type of a picture begins, where a server gives one."""
+
 KEPT_FORMATS = ("PNG", "WEBP")
 """Formats that a resized picture is written in again; all others become JPEG."""
 
@@ -42,12 +45,14 @@ class DownloadOptions:
         retries: Further attempts after a timeout, a lost connection, 429 or 5xx.
         max_bytes: Larger files are given up.
         short_side: Larger pictures are made smaller, to this shorter side in pixels.
+        allow_private: Addresses of this machine and of its networks will do, too.
     """
 
     timeout: float = 30.0
     retries: int = 3
     max_bytes: int = 50_000_000
     short_side: int | None = None
+    allow_private: bool = False
 
 
 def load_httpx() -> ModuleType:
@@ -112,14 +117,14 @@ async def _attempt(client: httpx2.AsyncClient, url: str, work: Path, options: Do
     except (asyncio.TimeoutError, httpx.TimeoutException) as error:
         raise _AgainError(PictureError("timeout", f"not complete after {options.timeout:g} s")) from error
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
-        raise PictureError("url", str(error)) from error
+        raise PictureError("url", "no URL that can be asked for" if "@" in url else str(error)) from error
     except httpx.HTTPError as error:
         raise _AgainError(PictureError("connection", str(error) or type(error).__name__)) from error
 
 
 async def _receive(client: httpx2.AsyncClient, url: str, work: Path, max_bytes: int) -> int:
     too_large = PictureError("size", f"more than {max_bytes} bytes (--max_bytes)")
-    async with client.stream("GET", url) as response:
+    async with client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as response:
         status = response.status_code
         if status in AGAIN or status >= 500:
             failure = PictureError(f"http {status}", response.reason_phrase)
@@ -128,12 +133,17 @@ async def _receive(client: httpx2.AsyncClient, url: str, work: Path, max_bytes: 
             raise PictureError(f"http {status}", response.reason_phrase)
         if any(word in response.headers.get("x-robots-tag", "").lower() for word in OPT_OUT):
             raise PictureError("opt-out", "the site asks not to train on it (X-Robots-Tag)")
+        headers = response.headers
+        if (kind := headers.get("content-type", "").strip().lower()) and not kind.startswith(TYPES):
+            raise PictureError("type", f"the server says it is {kind[:60]!r}")
+        if headers.get("content-encoding", "identity").strip().lower() != "identity":  # a few bytes may become many
+            raise PictureError("type", "the server compresses it, though it was asked not to")
         announced = response.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > max_bytes:
             raise too_large
         size = 0
         with open(work, "wb") as file:
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():
                 size += len(chunk)
                 if size > max_bytes:
                     raise too_large

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from muco_ds.errors import UserError
+from muco_ds.factory.addresses import guarded_transport, shown
 from muco_ds.factory.download import DownloadOptions, download, load_httpx
 from muco_ds.factory.failures import Failures, PictureError
 from muco_ds.factory.output import write_json
@@ -134,11 +135,13 @@ class Fetch:
     async def _fetch_all(self) -> int:
         httpx, options = load_httpx(), self.options
         # Certificates and limits of the library; hundreds of hosts, so that connections are seldom used twice.
+        limits = httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency)
+        transport = guarded_transport(httpx, allow_private=options.download.allow_private, limits=limits)
         client = httpx.AsyncClient(
             follow_redirects=True,
+            transport=transport,
             timeout=options.download.timeout,
             headers={"User-Agent": USER_AGENT},
-            limits=httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency),
         )
         async with client:
             with tqdm(total=self.rows, desc="pictures", unit="row") as bar:
@@ -147,7 +150,7 @@ class Fetch:
                     try:
                         await self._one(client, *item)
                     except PictureError as error:
-                        self.failures.add(error, name=item[0], url=item[1])
+                        self.failures.add(error, name=item[0], url=shown(item[1]))
                         bar.set_postfix(failed=self.failures.total)
 
                 return await run_workers(self._items(bar), one, options.concurrency)

@@ -47,7 +47,7 @@ def data(folder: Path, *rows: tuple[str | None, str | None], **columns: list[Any
 def fetch(path: Path, **options: Any) -> Fetch:
     """In this process. Options of the download are given by their names too."""
     given = {name: options.pop(name) for name in list(options) if name in DownloadOptions.__dataclass_fields__}
-    download = DownloadOptions(**{"timeout": 5.0, "retries": 2, **given})
+    download = DownloadOptions(**{"timeout": 5.0, "retries": 2, "allow_private": True, **given})
     return Fetch(FetchOptions(path, path.parent / "images", download, **{"concurrency": 4, **options}))
 
 
@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     with Server(respond).running() as server:
         path = data(tmp_path, *((f"{i}.jpg", f"{server.url}/{i}") for i in range(6)))
-        argv = [TOOL, "--data", path, "--output", folder]
+        argv = [TOOL, "--allow_private", "--data", path, "--output", folder]
 
         middle = [".3.jpg.part", ".4.jpg.part", ".5.jpg.part", "0.jpg", "1.jpg", "2.jpg"]
         result = Program(argv).stop_once(lambda: files(folder) == middle, signal.SIGKILL)
@@ -237,7 +237,7 @@ def test_a_signal_ends_it_cleanly(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     with Server(respond).running() as server:
         path = data(tmp_path, *((f"{i}.jpg", f"{server.url}/{i}") for i in range(6)))
-        program = Program([TOOL, "--data", path, "--output", folder])
+        program = Program([TOOL, "--allow_private", "--data", path, "--output", folder])
         result = program.stop_once((folder / "0.jpg").exists, signal.SIGTERM)
     assert result.codes == [128 + signal.SIGTERM] and "Traceback" not in result.output
     assert "stopped by SIGTERM: the same command goes on" in result.output
@@ -265,5 +265,5 @@ def test_refusals(tmp_path: Path, start: Callable[[Path], Fetch], message: str) 
 def test_refusals_are_one_line(tmp_path: Path) -> None:
     with Server(lambda request: Answer(404)).running() as server:
         path = data(tmp_path, ("a.jpg", f"{server.url}/a"))
-        line = refusal(Program([TOOL, "--data", path, "--output", tmp_path / "images"]).wait())
+        line = refusal(Program([TOOL, "--allow_private", "--data", path, "--output", tmp_path / "images"]).wait())
     assert "no picture came; the first: a.jpg" in line and "http 404" in line

@@ -86,7 +86,9 @@ def load_by_engine(path: Path) -> None:
     ids=["resume", "convert", "reshard"],
 )
 def test_an_attack_is_refused_in_one_line_and_not_run(attack: Path, proof: Path, load: Callable[[Path], Any]) -> None:
-    with pytest.raises(UserError, match=r"more than tensors \((posix|os)\.system\).*was not run|does not load") as raised:
+    with pytest.raises(
+        UserError, match=r"more than tensors \((posix|os)\.system\).*was not run|does not load"
+    ) as raised:
         load(attack)
     assert not proof.exists()
     assert "\n" not in str(raised.value) and str(attack.parent.parent) in str(raised.value)
