@@ -27,7 +27,15 @@ import numpy as np
 from datasets import Dataset
 
 from muco_ds.data import draws
-from muco_ds.data.readers import RowError, data_files, memory_mapped, parquet_facts, picture_folder, picture_paths
+from muco_ds.data.readers import (
+    RowError,
+    data_files,
+    memory_mapped,
+    parquet_facts,
+    picture_folder,
+    picture_paths,
+    plain_row,
+)
 from muco_ds.data.schema import TURNS_PER_SAMPLE, Record, RecordTurn
 from muco_ds.errors import UserError
 
@@ -68,7 +76,8 @@ class ConversationReader:
     def record(self, row: int) -> Record:
         """The row as a Record. Raises RowError when it can't be used."""
         which = bisect_right(self._ends, row)
-        data = self._parts[which][row - (self._ends[which - 1] if which else 0)]
+        part, place = self._parts[which], row - (self._ends[which - 1] if which else 0)
+        data = part[place] if isinstance(part, _Lines) else plain_row(part, place)
         entries = _value(data, *ENTRIES)
         if not isinstance(entries, list) or not entries:
             raise RowError(f"no list of turns under any of {', '.join(ENTRIES)} (found: {', '.join(data)})")

@@ -124,13 +124,12 @@ class M3TReader:
 
     def record(self, row: int) -> Record:
         """The row as a Record. Raises RowError when it can't be used."""
-        return self._record(row, self._dataset[row])
+        return self._record(row, plain_row(self._dataset, row))
 
     def tables(self) -> Iterator[pa.Table]:
         """All rows with all their columns, a thousand at a time."""
-        rows = self._dataset.with_format("arrow")
-        for start in range(0, len(rows), _CONVERTED_ROWS):
-            yield rows[start : start + _CONVERTED_ROWS].replace_schema_metadata(None)
+        for start in range(0, len(self), _CONVERTED_ROWS):
+            yield self._dataset[start : start + _CONVERTED_ROWS].replace_schema_metadata(None)
 
     def _record(self, row: int, data: dict[str, Any]) -> Record:
         questions, targets = data["qry"], data["pos_text"]
@@ -259,11 +258,18 @@ def _checked_rows(path: str) -> int:
 
 
 def memory_mapped(files: list[str]) -> Dataset:
-    """Rows of parquet files with the same columns, kept on disk. Raises UserError naming a file."""
+    """Rows of parquet files with the same columns, kept on disk, in Arrow's format. Raises UserError naming a file."""
     disable_progress_bars()
     try:
         # M3T is one row group of gigabytes, which would otherwise be held at once.
-        return load_dataset("parquet", data_files=files, split="train", batch_size=_CONVERTED_ROWS)
+        rows = load_dataset("parquet", data_files=files, split="train", batch_size=_CONVERTED_ROWS)
+        return rows.with_format("arrow")
     except Exception as error:  # datasets wraps whatever the parquet library says
         cause = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
         raise UserError(f"{files[0]}: can't be read as parquet ({cause}): was it written completely?") from error
+
+
+def plain_row(rows: Dataset, row: int) -> dict[str, Any]:
+    """A row of `memory_mapped` as it is stored. In its own format, `datasets` would open what a file declares to be a
+    picture or a sound, by all of Pillow's decoders, from whatever path or address it names."""
+    return rows[row].to_pylist()[0]

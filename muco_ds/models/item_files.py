@@ -231,7 +231,7 @@ class _Table:
 
     @cached_property
     def _data(self) -> Dataset:
-        return memory_mapped([self.path]).select_columns(self._names).with_format("arrow")
+        return memory_mapped([self.path]).select_columns(self._names)
 
     def items(self, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
         stop = self._rows if stop is None else stop

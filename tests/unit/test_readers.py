@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from muco_ds.data.conversations import ConversationReader
 from muco_ds.data.readers import M3T_SCHEMA, M3TReader, RowError
 from muco_ds.data.schema import RecordTurn
 from muco_ds.errors import UserError
@@ -167,3 +169,22 @@ def test_mistakes_name_the_file_and_the_cure(tmp_path: Path) -> None:
         M3TReader(str(tmp_path / "good.parquet"), str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data\.val: no parquet file"):
         M3TReader(str(tmp_path / "absent.parquet"), str(images), "data.val")
+
+
+def test_a_picture_that_a_file_declares_is_not_opened(tmp_path: Path) -> None:
+    """The hub's metadata can make any column a picture, which `datasets` opens, from any path or address."""
+    text, kept = {"dtype": "string", "_type": "Value"}, {"bytes": None, "path": str(tmp_path / "not_here.png")}
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
+    said = {"feature": {"role": text, "content": text}, "_type": "List"}
+    m3t = {"qry": (["what?"], text), "pos_text": (["that"], text), "qry_image_path": ("", text)}
+    m3t |= {name: (value, {"feature": text, "_type": "List"}) for name, (value, _) in m3t.items() if value}
+    talk = {"messages": (turns, said), "compression": ('{"query": "text"}', text)}
+    for columns, reader in ((m3t, M3TReader), (talk, ConversationReader)):
+        columns = {**columns, "extra": (kept, {"_type": "Image"})}
+        schema = pa.Table.from_pylist([{name: value for name, (value, _) in columns.items()}]).schema
+        place = schema.get_field_index("extra")
+        schema = schema.set(place, pa.field("extra", pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+        features = {"info": {"features": {name: declared for name, (_, declared) in columns.items()}}}
+        schema = schema.with_metadata({"huggingface": json.dumps(features)})
+        path = write_rows(tmp_path / "rows.parquet", [{name: value for name, (value, _) in columns.items()}], schema)
+        assert reader(str(path), str(tmp_path)).record(0).turns[0].questions == ("what?",)
