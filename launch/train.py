@@ -20,6 +20,7 @@ from muco_ds.config_cli import parse_args
 from muco_ds.distributed import env, signals
 from muco_ds.ends import RunEnd
 from muco_ds.errors import exit_on_user_error
+from muco_ds.versions import check_versions
 
 
 @exit_on_user_error()
@@ -31,6 +32,7 @@ def main() -> int:
     # DeepSpeed calls collectives by names that torch 2.13 deprecates: nothing the reader of this log can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config = invocation.config
+    check_versions()
     if invocation.dry_run:
         check_paths(config)
         from muco_ds.trainer import Trainer

@@ -48,6 +48,7 @@ LEVELS = [
         "safe_load",
         "search",
         "temperature",
+        "versions",
     },
     {"models"},
     {"memory", "memory_activations", "tasks"},
