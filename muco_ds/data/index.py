@@ -338,15 +338,29 @@ def seen_index(path: Path) -> Path:
 
 
 def load_index(path: Path) -> Index:
-    """The published index in a folder; its parts are for the caller to name."""
-    meta = json.loads((path / "meta.json").read_text())
-    files = {name: path / f"{name}.bin" for name in TABLES}
-    samples, turns, questions, negatives, words = (
-        np.memmap(files[name], dtype, "r") if files[name].stat().st_size else np.empty(0, dtype)
-        for name, dtype in TABLES.items()
-    )
-    counts = meta["bad_rows"], meta["uncaptioned"]
-    return Index(path, samples, turns, questions, *counts, meta["identity"], (), negatives, words)
+    """The published index in a folder; its parts are for the caller to name. Raises UserError for a damaged one."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        counts, identity = (int(meta["bad_rows"]), int(meta["uncaptioned"])), str(meta["identity"])
+        files = {name: path / f"{name}.bin" for name in TABLES}
+        tables = {
+            name: np.memmap(files[name], dtype, "r") if files[name].stat().st_size else np.empty(0, dtype)
+            for name, dtype in TABLES.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    for name, ends in _ENDS.items():
+        for column, table in ends.items():
+            last = int(tables[name][column][-1]) if len(tables[name]) else 0
+            if column != "query_word_end" and last != len(tables[table]):
+                raise _damaged(path, f"{name} and {table} do not fit")
+    samples, turns, questions, negatives, words = tables.values()
+    return Index(path, samples, turns, questions, *counts, identity, (), negatives, words)
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    problem = " ".join(problem.split())
+    return UserError(f"{path}: the length index is damaged ({problem}): remove the folder, and the next start makes it")
 
 
 def _measure_all(indexer: Indexer, chunks: list[range], processes: int) -> Iterator[Measured]:
