@@ -23,21 +23,23 @@ setup(
         # 5.23 is the first to keep rotary tables in fp32 under zero.Init, and needs Python 3.11.
         'transformers>=5.23,<6; python_version >= "3.11"',
         'transformers>=5.20,<6; python_version < "3.11"',
-        "accelerate",
-        "datasets",
-        "docstring-parser",  # jsonargparse shows the fields' descriptions in --help with it
-        "jinja2",
-        "jsonargparse",
-        "numpy",
-        "peft",
-        "pillow",
-        "psutil",
-        "pyyaml",
-        "safetensors",
-        "tensorboard",
-        "tqdm",
+        # Lower bounds below: the oldest that tests/oldest.sh ran with (constraints-oldest.txt).
+        "accelerate>=1.1",
+        "datasets>=4.0",
+        "docstring-parser>=0.15",  # jsonargparse shows the fields' descriptions in --help with it
+        "jinja2>=3.1.6",
+        "jsonargparse>=4.50",
+        "numpy>=1.26.4",
+        "peft>=0.20",
+        "pillow>=11.0",  # older ones turn TIFFs by another rule and open 16-bit PNGs as 32-bit
+        "psutil>=5.9.5",
+        "pyarrow>=17.0",
+        "pyyaml>=6.0.1",
+        "safetensors>=0.8",
+        "tensorboard>=2.16.2",
+        "tqdm>=4.66.3",
         'triton>=3.6; platform_system == "Linux"',
-        "xxhash",
+        "xxhash>=3.2",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8.3", "liger-kernel>=0.8.5"],
@@ -46,7 +48,7 @@ setup(
         "factory": ["httpx2", "openai>=3"],
         "mteb": ['mteb>=2.26; python_version >= "3.11"'],
         "dev": [
-            *["faiss-cpu", "httpx2", "matplotlib", "mypy", "openai>=3", "pytest", "pytest-xdist", "ruff"],
+            *["faiss-cpu", "httpx2", "hypothesis", "matplotlib", "mypy", "openai>=3", "pytest", "pytest-xdist", "ruff"],
             'mteb>=2.26; python_version >= "3.11"',
             *["nicegui>=3.18", "playwright", "sentence-transformers>=6.2"],
         ],

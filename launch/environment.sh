@@ -19,7 +19,7 @@ has_muco_ds() {
 import importlib.util, os, pathlib, sys
 import muco_ds
 here = pathlib.Path(muco_ds.__file__).resolve().parent.parent == pathlib.Path(os.environ["REPOSITORY"]).resolve()
-needed = ("torch", "deepspeed", "transformers", "datasets", "jsonargparse", "pytest", "xdist", "sentence_transformers", "faiss", "peft", "openai")
+needed = ("torch", "deepspeed", "transformers", "datasets", "jsonargparse", "pytest", "xdist", "sentence_transformers", "faiss", "peft", "openai", "hypothesis")
 sys.exit(not (here and all(importlib.util.find_spec(name) for name in needed)))
 PYTHON
 }

@@ -34,7 +34,7 @@ KNOWN = (
     Known("transformers", "5.20", "hands the text's lengths to the vision tower's attention"),
     Known("transformers", "5.23", "rounds rotary tables to bf16 under ZeRO-3, which such a run refuses", fatal=False),
     Known("pyarrow", "14.0.1", "runs the pickles in a parquet file (CVE-2023-47248)"),
-    Known("pillow", "10.3", "can be made to write over memory by a picture (CVE-2024-28219)", fatal=False),
+    Known("pillow", "11.0", "turns TIFFs by another rule and opens 16-bit PNGs as white", fatal=False),
 )
 
 _ITS_OWN = ("huggingface-hub", "tokenizers", "safetensors")

@@ -1,7 +1,7 @@
 """What hypothesis makes up for the readers: odd values, columns of any type, valid files with damage.
 
-MUCO_DS_FUZZ=5000 python -m pytest tests/unit/test_fuzz_*.py makes so many examples of each test, anew each time; without
-it they are few and always the same.
+MUCO_DS_FUZZ=5000 python -m pytest tests/unit/test_fuzz_*.py makes so many examples of each test, anew each time;
+without it they are few and always the same.
 """
 
 from __future__ import annotations

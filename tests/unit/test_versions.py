@@ -75,7 +75,7 @@ def test_a_torchvision_for_cuda_beside_a_torch_without(installed: dict[str, str]
     [
         ("transformers", "5.22.2", "transformers>=5.23"),
         ("triton", "3.9.0", "triton==3.7.1"),
-        ("pillow", "10.1.0", "pillow>=10.3"),
+        ("pillow", "10.4.0", "pillow>=11.0"),
     ],
 )
 def test_what_is_only_warned_of(
