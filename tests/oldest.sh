@@ -28,7 +28,7 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 choose_ranks
 python tools/make_demo.py "$work/demo" --scenes 60 --test_scenes 30 >/dev/null
-deepspeed "${ranks[@]}" launch/train.py --config launch/recipes/demo.yaml --run.dir "$work/runs" --run.max_steps 4 \
+deepspeed "${ranks[@]}" launch/train.py --config launch/recipes/demo.yaml --run.dir "$work/runs" --run.max_steps 4 --optim.warmup_steps 1 \
     --model.path "$work/demo/model" --data.train "$work/demo/data/train.parquet" --data.images "$work/demo/data/images" \
     --data.val "$work/demo/data/test.parquet"
 python tools/convert_ckpt.py "$work/runs/demo" "$work/model"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from muco_ds.errors import UserError
+from muco_ds.factory.addresses import shown
 from muco_ds.factory.endpoint import Endpoint, EndpointOptions
 from muco_ds.factory.failures import Failures, PictureError
 from muco_ds.factory.journal import Journal
@@ -91,7 +92,7 @@ class BuildOptions:
         for options in (self.endpoint, self.pairs_endpoint):
             if options is not None and not options.url.startswith(("http://", "https://")):
                 raise UserError(
-                    f"--url: '{options.url}' is no http(s) address: give one such as http://localhost:8000/v1"
+                    f"--url: '{shown(options.url)}' is no http(s) address: give one such as http://localhost:8000/v1"
                 )
 
 

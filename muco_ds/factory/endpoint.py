@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from muco_ds.errors import UserError
+from muco_ds.factory.addresses import shown
 from muco_ds.factory.failures import PictureError
 from muco_ds.factory.pace import Pace
 from muco_ds.factory.replies import NonsenseError
@@ -76,10 +77,11 @@ class Endpoint:
         self._openai = load_openai()
         self._pace = Pace(options.requests_per_minute)
         self._json_mode = True
+        self._key = os.environ.get(options.key_variable, "").strip() or NO_KEY
         hooks = {"request": [self._before], "response": [self._after]}
         self._client = self._openai.AsyncOpenAI(
             base_url=options.url,
-            api_key=os.environ.get(options.key_variable, "").strip() or NO_KEY,
+            api_key=self._key,
             timeout=options.timeout,
             max_retries=options.request_retries,
             http_client=self._openai.DefaultAsyncHttpxClient(event_hooks=hooks),
@@ -111,7 +113,9 @@ class Endpoint:
             pass  # it answers; what it answers is looked at picture by picture
         except PictureError as error:
             sent = "a request with a picture" if pictures else "a request"
-            raise UserError(f"{self.options.url}: {error.kind} at {sent} to '{self.options.model}': {error}") from error
+            raise UserError(
+                f"{shown(self.options.url)}: {error.kind} at {sent} to '{self.options.model}': {error}"
+            ) from error
 
     async def reply(self, messages: list[Message]) -> str:
         """The text that follows `messages`.
@@ -151,8 +155,8 @@ class Endpoint:
 
     def _explained(self, error: Exception) -> Exception:
         """What the user or the list of failures is told about an error of the client library."""
-        library, url, model = self._openai, self.options.url, self.options.model
-        message = " ".join(str(error).split())[:300]
+        library, url, model = self._openai, shown(self.options.url), self.options.model
+        message = " ".join(str(error).replace(self._key, "***").split())[:300]  # some servers repeat what they refuse
         if isinstance(error, library.AuthenticationError):
             return UserError(f"{url}: the key is refused ({message}): set {self.options.key_variable} to a valid one")
         if isinstance(error, library.NotFoundError):
