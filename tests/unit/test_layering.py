@@ -66,7 +66,7 @@ LEVELS = [
         "reshard",
         "resume",
     },
-    {"preflight", "sizing", "trainer", "tune", "tune_try"},
+    {"preflight", "sizing", "slurm", "trainer", "tune", "tune_try"},
     {"launch", "tools"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
