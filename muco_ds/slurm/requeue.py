@@ -1,7 +1,7 @@
 """Does a job that ended go back into the queue? By how it ended, how the ends before did, and what was saved between.
 
-Reads `ends.jsonl` of the run's folder, where ranks that know why a run ended left a line, and keeps `job/restarts.jsonl`,
-one line per end of the job's script.
+Reads `ends.jsonl` of the run's folder, where ranks that know why a run ended left a line, and keeps
+`job/restarts.jsonl`, one line per end of the job's script.
 """
 
 from __future__ import annotations
