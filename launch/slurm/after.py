@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from muco_ds.errors import UserError, exit_on_user_error
-from muco_ds.slurm.requeue import FINISHED, SAVED, progress, reason_to_stop, record
+from muco_ds.slurm.requeue import FINISHED, SAVED, reason_to_stop, record
 
 
 def folder(argv: list[str]) -> int:
@@ -36,13 +36,15 @@ def decide(argv: list[str]) -> int:
     if args.limit < 1:
         raise UserError(f"MAX_FAILURES={args.limit}: give at least 1")
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    ends = record(args.folder, job, restart, args.status)
-    end, saved = ends[-1], progress(args.folder)
-    head = f"== job {job}, restart {restart}: {end.cause} (status {end.status}, srun {args.status}, saved: {saved})"
+    history = record(args.folder, job, restart, args.status)
+    end = history[-1]
+    head = (
+        f"== job {job}, restart {restart}: {end.cause} (status {end.status}, srun {args.status}, saved: {end.progress})"
+    )
     if end.status == FINISHED:
         print(head)
         return 0
-    if (reason := reason_to_stop(ends, args.limit)) is None:
+    if (reason := reason_to_stop(history, args.limit)) is None:
         print(f"{head}: requeueing")
         return SAVED
     print(f"{head}: not requeued: {reason}. Mend it and submit again: {args.folder} goes on from what is saved")

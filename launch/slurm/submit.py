@@ -71,7 +71,7 @@ def plan_jobs(own: argparse.Namespace, rest: list[str]) -> list[Job]:
     if own.chain is not None:
         shared, stages = read_chain(own.chain)
     else:
-        stages = [Stage(own.recipe, "train", {"recipe": own.recipe} | _keys(rest), {})]
+        stages = [Stage("", "train", {"recipe": own.recipe} | _keys(rest), {})]
     resources = Resources(**(shared | given), options=tuple(shlex.split(own.sbatch)))
     resources.check()
     jobs = jobs_of(stages, resources)
@@ -145,9 +145,7 @@ def main() -> int:
     if submitted:
         numbers = ",".join(submitted)
         print(f"follow:  squeue --jobs {numbers}    python tools/status.py {jobs[0].folder}")
-        print(
-            f"save now and requeue:  scancel --signal=USR1 {submitted[0]}    end:  scancel {numbers.replace(',', ' ')}"
-        )
+        print(f"save and requeue:  scancel --signal=USR1 {submitted[0]}    end:  scancel {numbers.replace(',', ' ')}")
     return 0
 
 

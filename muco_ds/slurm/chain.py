@@ -15,7 +15,8 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ _RESOURCES = tuple(item.name for item in fields(Resources) if item.name != "opti
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of the chain. `place` says which, in messages."""
+    """One entry of the chain. `place` says which, in messages; empty where it is the only one."""
 
     place: str
     kind: str
@@ -149,10 +150,8 @@ def _train(stage: Stage, made: _Made, resources: Resources) -> Job:
         if "model.path" in used:
             checked = replace(config, model=replace(config.model, path="."))  # made later
         checked = replace(checked, data=_config(stage).data)
-    try:
+    with _told(stage):
         check_paths(checked)
-    except UserError as error:
-        raise UserError(f"{stage.place}: {error}") from None
     if made.mined is not None and not config.task.negatives:
         raise UserError(f"{stage.place}: task.negatives=0: what is mined before it would not be used: set it")
     own = replace(resources, **stage.resources)
@@ -165,10 +164,17 @@ def _train(stage: Stage, made: _Made, resources: Resources) -> Job:
 def _config(stage: Stage, implied: Mapping[str, str] | None = None) -> RunConfig:
     overrides = {key: value for key, value in stage.options.items() if key != "recipe"} | dict(implied or {})
     words = [word for key, value in overrides.items() for word in (f"--{key}", _text(value))]
-    try:
+    with _told(stage):
         return parse_args(["--config", stage.options["recipe"], *words]).config
+
+
+@contextmanager
+def _told(stage: Stage) -> Iterator[None]:
+    """Say in which stage of a chain."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"{stage.place}: {error}") from None
+        raise UserError(f"{stage.place}: {error}" if stage.place else str(error)) from None
 
 
 def _text(value: Any) -> str:

@@ -15,12 +15,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from muco_ds import ends
 from muco_ds.errors import UserError
 
 FINISHED, USER_ERROR, SAVED = 0, 2, 75
 """Exit statuses; 75 is distributed.lockstep.EXIT_REQUEUE, which takes torch to import."""
 
-ENDS, RESTARTS = "ends.jsonl", "job/restarts.jsonl"
+RESTARTS = "job/restarts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,25 @@ def _numberless(cause: str) -> str:
     return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?", "#", cause)
 
 
-def settle(srun_status: int, lines: list[dict[str, Any]]) -> tuple[int, str]:
+def settle(srun_status: int, lines: list[ends.End]) -> tuple[int, str]:
     """Status and cause of an end, from what srun says and from the lines that ranks left.
 
     srun gives the highest status of any task, and that is 137 or 143 of a rank that was ended because another failed:
-    ranks know better.
+    ranks know better. Ranks that were told to end because another died say 75, and srun another number.
     """
     if srun_status == FINISHED:
         return FINISHED, "finished"
-    causes = {int(line["status"]): str(line["cause"]) for line in reversed(lines) if line["status"] != FINISHED}
-    for status in (USER_ERROR, SAVED):
-        if status in causes:
-            return status, causes[status]
-    for line in lines:
-        if line["status"] != FINISHED:
-            return int(line["status"]), str(line["cause"])
+    known = [line for line in lines if line.status != FINISHED]
+    wanted = [line for line in known if line.status == USER_ERROR]
+    if srun_status == SAVED:
+        wanted = wanted or [line for line in known if line.status == SAVED]
+    wanted = wanted or [line for line in known if line.status != SAVED]
+    if wanted:
+        return wanted[0].status, wanted[0].cause
     if srun_status == USER_ERROR:
         return USER_ERROR, "an error in the input"
     if srun_status == SAVED:
-        return SAVED, "a signal, and saved"
+        return SAVED, "a signal"
     if srun_status > 128:
         number = srun_status - 128
         name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
@@ -76,16 +77,16 @@ def settle(srun_status: int, lines: list[dict[str, Any]]) -> tuple[int, str]:
 _KILLERS = {"SIGKILL": ": by hand, or by the kernel or SLURM for its memory", "SIGBUS": ": shared memory is full"}
 
 
-def reason_to_stop(ends: list[End], limit: int) -> str | None:
-    """Why the job must not be requeued after the last of its `ends`, oldest first; None: it may.
+def reason_to_stop(history: list[End], limit: int) -> str | None:
+    """Why the job must not be requeued after the last of its ends, oldest first; None: it may.
 
     `limit` ends in a row that are alike, or twice as many of any kind, without progress between them.
     """
-    last = ends[-1]
+    last = history[-1]
     if last.status == USER_ERROR:
         return "it won't mend itself"
     stuck = alike = 0
-    for end in reversed(ends):
+    for end in reversed(history):
         if end.progress != last.progress:
             break
         alike += alike == stuck and end.like(last)
@@ -109,19 +110,14 @@ def record(folder: Path, job: str, restart: int, srun_status: int) -> list[End]:
     Raises:
         UserError: the folder can't be written.
     """
-    lines = [line for line in _lines(folder / ENDS) if _is_of(line, job, restart)]
+    lines = [line for line in ends.read_ends(folder) if (line.job, line.restart) == (job, restart)]
     end = End(job, restart, *settle(srun_status, lines), progress(folder))
+    if not any(line.status == end.status for line in lines):  # kill -9, or an end before the ranks could write
+        ends.record_end(folder, end.status, end.cause)
     now = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    if not lines and end.status != FINISHED:  # kill -9, or an end before the ranks could write
-        known = {"step": None, "status": end.status, "cause": end.cause, "rank": 0, "job": job, "restart": restart}
-        _append(folder / ENDS, now | known)
     before = [End(**{name: line[name] for name in End.__annotations__}) for line in _lines(folder / RESTARTS)]
     _append(folder / RESTARTS, now | asdict(end))
     return [*(other for other in before if other.job == job), end]
-
-
-def _is_of(line: dict[str, Any], job: str, restart: int) -> bool:
-    return str(line.get("job")) == job and line.get("restart") == restart and {"status", "cause"} <= line.keys()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
