@@ -52,15 +52,16 @@ def settle(srun_status: int, lines: list[ends.End]) -> tuple[int, str]:
     """Status and cause of an end, from what srun says and from the lines that ranks left.
 
     srun gives the highest status of any task, and that is 137 or 143 of a rank that was ended because another failed:
-    ranks know better. Ranks that were told to end because another died say 75, and srun another number.
+    ranks know better. Ranks that were told to end because another died say 75, and srun another number; after a save it
+    may say 143, of a rank that was on its way out when the first one's 75 had srun end the others.
     """
     if srun_status == FINISHED:
         return FINISHED, "finished"
     known = [line for line in lines if line.status != FINISHED]
     wanted = [line for line in known if line.status == USER_ERROR]
-    if srun_status == SAVED:
-        wanted = wanted or [line for line in known if line.status == SAVED]
     wanted = wanted or [line for line in known if line.status != SAVED]
+    if srun_status in (SAVED, 128 + signal.SIGTERM):
+        wanted = wanted or [line for line in known if line.status == SAVED]
     if wanted:
         return wanted[0].status, wanted[0].cause
     if srun_status == USER_ERROR:
