@@ -88,7 +88,7 @@ def seconds_of(time: str) -> int:
     elif match := _NO_DAYS.fullmatch(time):
         parts = [int(part) for part in match.groups() if part is not None]
         days = 0
-        hours, minutes, seconds = [0] * (2 - len(parts)) + parts + [0] if len(parts) < 3 else parts
+        hours, minutes, seconds = [[0, *parts, 0], [0, *parts], parts][len(parts) - 1]
     else:
         raise UserError(f"time is {time!r}: give minutes, HH:MM:SS or D-HH:MM:SS, such as 24:00:00")
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -159,9 +159,7 @@ class Job:
 def check_cluster(resources: Resources) -> None:
     """Ask SLURM whether it knows the partition and the account. Raises UserError where it says no; silence passes."""
     if shutil.which("sbatch") is None:
-        raise UserError(
-            "there is no sbatch here: submit from a machine of the cluster, or look at the jobs with --dry_run"
-        )
+        raise UserError("no sbatch in PATH: submit from a machine of the cluster, or look at the jobs with --dry_run")
     partitions: dict[str, int] = {}
     for line in _answers(["sinfo", "--noheader", "--format=%R %D"]):
         name, _, nodes = line.partition(" ")
