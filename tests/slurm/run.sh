@@ -56,23 +56,24 @@ ended() { [[ "$(state "$1")" =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$
 running_again() { [ "$(state "$1")" = RUNNING ] && [ "$(restarts "$1")" -ge "$2" ]; }
 reached() { [ -e "$run/metrics.jsonl" ] && [ "$(tail -n 1 "$run/metrics.jsonl" | sed -n 's/^{"step": \([0-9]*\),.*/\1/p')" -ge "$1" ] 2>/dev/null; }
 at_step() { wait_for 90 reached "$1" || { echo "$run does not reach step $1"; tail -n 5 "$run"/job/*.log; return 1; }; }
+parent() { ps -o ppid= -p "$1" | tr -d ' '; }
 rank_pid() { # RANK of $job: its process, not the loaders it forked
     local pid
     for pid in $(pgrep -f launch/train.py); do
         grep -qzx "SLURM_CONF=$SLURM_CONF" "/proc/$pid/environ" 2>/dev/null && grep -qzx "SLURM_JOB_ID=$job" "/proc/$pid/environ" &&
-            grep -qzx "SLURM_PROCID=$1" "/proc/$pid/environ" && [[ "$(ps -o comm= -p "$(ps -o ppid= -p "$pid")")" = slurmstepd* ]] && echo "$pid"
+            grep -qzx "SLURM_PROCID=$1" "/proc/$pid/environ" && [[ "$(ps -o comm= -p "$(parent "$pid")")" = slurmstepd* ]] && echo "$pid"
     done
 }
 rank_there() { [ -n "$(rank_pid "$1")" ]; }
 lose_node() { # NODE RANK: its daemon and all that it started are gone at once
     local pid
     pid="$(rank_pid "$2")"
-    kill -9 "$(cat "slurmd.$1.pid")" "$(ps -o ppid= -p "$pid")" "$pid"
+    kill -9 "$(cat "slurmd.$1.pid")" "$(parent "$pid")" "$pid"
 }
 lose_batch() { # the job's script, and the daemon that watches it
     local pid
     for pid in $(pgrep -f "slurmd/job|spool.node1/job"); do
-        grep -qzx "SLURM_JOB_ID=$job" "/proc/$pid/environ" 2>/dev/null && kill -9 "$(ps -o ppid= -p "$pid")" "$pid" 2>/dev/null
+        grep -qzx "SLURM_JOB_ID=$job" "/proc/$pid/environ" 2>/dev/null && kill -9 "$(parent "$pid")" "$pid" 2>/dev/null
     done
 }
 
@@ -96,7 +97,7 @@ verify() { # WHAT WAS DONE, WHAT HAPPENED: $run is finished with the losses of t
     [ "$equal" = yes ] || { failed=1; tail -n 30 "$run"/job/*"-$job.log" | tr '\r' '\n' | tail -n 30; }
     row "$1" "$happened" "$equal"
 }
-said() { grep -h "^== job $job, restart" "$run"/job/*"-$job.log" | grep -v nodes | sed -n "$1p" | sed 's/.*restart [0-9]*: //; s/ (status.*)//'; }
+said() { tr '\r' '\n' <"$(ls -t "$run"/job/*"-$job.log")" | grep "^== job $job, restart" | grep -v nodes | sed -n "$1p" | sed 's/.*restart [0-9]*: //; s/ (status.*)//'; }
 
 alone() { train alone --run.max_steps 60 && verify "nothing" "60 steps on two nodes"; }
 preempted() {

@@ -111,7 +111,7 @@ def test_the_program_requeues_until_the_limit_and_starts_anew_with_another_job(t
     assert [decide(tmp_path, 137, restart)[0] for restart in range(3)] == [75, 75, 137]
     status, said = decide(tmp_path, 137, 0, job="6")
     assert status == 75 and "job 6, restart 0: a rank was ended by SIGKILL" in said
-    assert said.count("\n") == 1
+    assert said.strip().count("\n") == 0
     assert decide(tmp_path, 0, 1, job="6")[0] == 0
     assert decide(tmp_path, 2, 0, job="7")[0] == 2
     # 75 would have the job requeued.
