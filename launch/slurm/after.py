@@ -38,9 +38,8 @@ def decide(argv: list[str]) -> int:
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     history = record(args.folder, job, restart, args.status)
     end = history[-1]
-    head = (
-        f"== job {job}, restart {restart}: {end.cause} (status {end.status}, srun {args.status}, saved: {end.progress})"
-    )
+    told = f"status {end.status}, srun {args.status}, saved: {end.progress}"
+    head = f"\n== job {job}, restart {restart}: {end.cause} ({told})"  # a progress bar may have left its line open
     if end.status == FINISHED:
         print(head)
         return 0
