@@ -53,7 +53,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GiB (default: 80)")
     parser.add_argument("--no_preflight", action="store_true", help="do not plan the training here")
     parser.add_argument("--dry_run", action="store_true", help="check everything and print the jobs")
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(_joined(argv))
     if (own.recipe is None) == (own.chain is None):
         raise UserError("give a RECIPE or --chain FILE, one of the two")
     if own.chain is not None and rest:
@@ -62,6 +62,15 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if not getattr(own, name) > 0:
             raise UserError(f"--{name} {getattr(own, name)}: give more than 0")
     return own, rest
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--sbatch --qos=x` as one word: argparse takes what follows for an option of its own."""
+    words = list(argv)
+    while "--sbatch" in words[:-1]:
+        i = words.index("--sbatch")
+        words[i : i + 2] = [f"--sbatch={words[i + 1]}"]
+    return words
 
 
 def plan_jobs(own: argparse.Namespace, rest: list[str]) -> list[Job]:

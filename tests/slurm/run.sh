@@ -106,7 +106,7 @@ preempted() {
     verify "scancel --signal=USR1 at step 13" "$(said 1), restarts: $(restarts "$job")"
 }
 time_limit() { # SLURM looks twice a minute, and half a minute ahead
-    train time_limit --run.max_steps 60 --time 1 --save_before_end 5 --sbatch "--signal=USR1@5" 2>&1
+    train time_limit --run.max_steps 60 --time 1 --save_before_end 5
     wait_for 90 running_again "$job" 1
     local first
     first="$(said 1)"

@@ -106,7 +106,18 @@ def test_what_sbatch_says_is_one_line(
 def test_a_training_is_written_down_and_submitted(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--nodes", "2", "--time", "1-00:00:00", "--partition", "gpu", "--account", "mine", "--sbatch=--qos=long"]
+    words = [
+        "--nodes",
+        "2",
+        "--time",
+        "1-00:00:00",
+        "--partition",
+        "gpu",
+        "--account",
+        "mine",
+        "--sbatch",
+        "--qos=long",
+    ]
     assert run_here(monkeypatch, SUBMIT, "recipe.yaml", *words, *CPUS, "--optim.lr", "0.5", "--run.seed=3") == 0
     given = Path("sbatch.log").read_text().splitlines()
     for word in (
