@@ -106,7 +106,11 @@ preempted() {
     verify "scancel --signal=USR1 at step 13" "$(said 1), restarts: $(restarts "$job")"
 }
 time_limit() { # SLURM looks twice a minute, and half a minute ahead
-    train time_limit --run.max_steps 60 --time 1 --save_before_end 5
+    # By plain sbatch: submit.py would refuse so short a limit.
+    job="$(MUCO_DS_REPOSITORY="$repository" sbatch --parsable --nodes=2 --ntasks-per-node=1 --time=1 --signal=USR1@5 --output=time_limit-%j.log \
+        "$repository/launch/slurm/train.sbatch" recipe.yaml --run.name time_limit --run.max_steps 60)"
+    run=runs/time_limit
+    mkdir -p "$run/job" && ln -s "$PWD/time_limit-$job.log" "$run/job/1_train-$job.log"
     wait_for 90 running_again "$job" 1
     local first
     first="$(said 1)"
