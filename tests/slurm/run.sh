@@ -55,7 +55,7 @@ restarts() { scontrol show job "$1" | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p'; }
 ended() { [[ "$(state "$1")" =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$ ]]; }
 running_again() { [ "$(state "$1")" = RUNNING ] && [ "$(restarts "$1")" -ge "$2" ]; }
 reached() { [ -e "$run/metrics.jsonl" ] && [ "$(tail -n 1 "$run/metrics.jsonl" | sed -n 's/^{"step": \([0-9]*\),.*/\1/p')" -ge "$1" ] 2>/dev/null; }
-at_step() { wait_for 90 reached "$1" || { echo "$run does not reach step $1"; tail -n 5 "$run"/job/*.log; return 1; }; }
+at_step() { wait_for 180 reached "$1" || { echo "$run does not reach step $1"; tail -n 5 "$run"/job/*.log; return 1; }; }
 parent() { ps -o ppid= -p "$1" | tr -d ' '; }
 rank_pid() { # RANK of $job: its process, not the loaders it forked
     local pid
@@ -91,7 +91,7 @@ PYTHON
 row() { printf '%s|%s|%s|%s\n' "$1" "$2" "$3" "$(($(date +%s) - began)) s" >>"$table"; }
 verify() { # WHAT WAS DONE, WHAT HAPPENED: $run is finished with the losses of the undisturbed one
     local happened="$2" equal=yes
-    wait_for 150 ended "$job" || happened="$happened; not ended"
+    wait_for 400 ended "$job" || happened="$happened; not ended"
     [ "$(state "$job")" = COMPLETED ] || { equal=NO; happened="$happened; $(state "$job")"; }
     same_losses 2>losses.err || { equal="NO: $(tail -n 1 losses.err)"; }
     [ "$equal" = yes ] || { failed=1; tail -n 30 "$run"/job/*"-$job.log" | tr '\r' '\n' | tail -n 30; }
@@ -102,7 +102,7 @@ said() { tr '\r' '\n' <"$(ls -t "$run"/job/*"-$job.log")" | grep "^== job $job, 
 alone() { train alone --run.max_steps 60 && verify "nothing" "60 steps on two nodes"; }
 preempted() {
     train preempted && at_step 13 && scancel --signal=USR1 "$job"
-    wait_for 60 running_again "$job" 1
+    wait_for 120 running_again "$job" 1
     verify "scancel --signal=USR1 at step 13" "$(said 1), restarts: $(restarts "$job")"
 }
 time_limit() { # SLURM looks twice a minute, and half a minute ahead
@@ -114,45 +114,46 @@ time_limit() { # SLURM looks twice a minute, and half a minute ahead
     wait_for 90 running_again "$job" 1
     local first
     first="$(said 1)"
-    wait_for 60 ended "$job"
+    wait_for 120 ended "$job"
     verify "--time 1" "$first, restarts: $(restarts "$job")"
 }
 cancelled() {
     train cancelled && at_step 13 && scancel "$job"
-    wait_for 60 ended "$job"
+    wait_for 120 ended "$job"
     local first="$job, $(state "$job"), $(said 2)"
     train cancelled
     verify "scancel at step 13, submitted again" "$first"
 }
 rank_killed() {
     train rank_killed && at_step 13 && kill -9 "$(rank_pid 1)"
-    wait_for 60 running_again "$job" 1
+    wait_for 120 running_again "$job" 1
     verify "kill -9 of rank 1 at step 13" "$(said 1), restarts: $(restarts "$job")"
 }
 node_lost() {
     train node_lost && at_step 13 && lose_node node2 1
-    wait_for 60 restarted_or_pending
+    wait_for 120 restarted_or_pending
     start_daemon node2
-    wait_for 60 running_again "$job" 1
-    verify "node2 (daemon, step, rank) killed at step 13" "$(said 1), restarts: $(restarts "$job")"
+    wait_for 120 running_again "$job" 1
+    # A late order to end the step that was lost may reach the next one, which then saves and is requeued once more.
+    verify "node2 (daemon, step, rank) killed at step 13" "requeued, restarts: $(restarts "$job")"
 }
 batch_node_lost() {
     train batch_node_lost && at_step 13 && lose_batch && lose_node node1 0
-    wait_for 60 restarted_or_pending
+    wait_for 120 restarted_or_pending
     start_daemon node1
-    wait_for 60 running_again "$job" 1
-    verify "node1, with the job's script, killed at step 13" "SLURM's own requeue, restarts: $(restarts "$job")"
+    wait_for 120 running_again "$job" 1
+    verify "node1, with the job's script, killed at step 13" "requeued by SLURM, restarts: $(restarts "$job")"
 }
 restarted_or_pending() { [ "$(restarts "$job")" -ge 1 ]; }
 fails_alike() {
     train fails_alike
     local i
     for i in 0 1 2; do
-        wait_for 60 running_again "$job" "$i" && wait_for 60 rank_there 1
+        wait_for 120 running_again "$job" "$i" && wait_for 60 rank_there 1
         sleep 1
         kill -9 "$(rank_pid 1)"
     done
-    wait_for 60 ended "$job"
+    wait_for 120 ended "$job"
     local equal=yes
     [ "$(state "$job")" = FAILED ] && [ "$(restarts "$job")" = 2 ] && grep -q "3 ends in a row like this" "$run"/job/*.log || { equal=NO failed=1; }
     row "kill -9 of rank 1 in each start" "$(state "$job") after the third, restarts: $(restarts "$job")" "$equal"
@@ -162,7 +163,7 @@ user_error() {
     submit recipe.yaml --nodes 2 --gpus_per_node 0 --ranks_per_node 1 --no_preflight --run.name user_error && echo "submitted without pictures" && failed=1
     mv away demo/data/images
     train user_error --sbatch "--begin=now+3" && mv demo/model away
-    wait_for 60 ended "$job"
+    wait_for 120 ended "$job"
     mv away demo/model
     local equal=yes
     [ "$(state "$job")" = FAILED ] && [ "$(restarts "$job")" = 0 ] && grep -q "won't mend itself" "$run"/job/*.log || { equal=NO failed=1; }
@@ -186,7 +187,7 @@ CHAIN
     local numbers="$job" last="${job##* }"
     job="${job%% *}"
     at_step 5 && scancel --signal=USR1 "$job"
-    wait_for 300 ended "$last"
+    wait_for 900 ended "$last"
     verify "chain of six, its first job preempted" "$(for job in $numbers; do state "$job"; done | sort | uniq -c | tr -s ' \n' ' '), results.json: $([ -e runs/chained_finetune/evaluation/results.json ] && echo there || echo MISSING)"
     [ -e runs/chained_finetune/evaluation/results.json ] || failed=1
 }
