@@ -120,7 +120,7 @@ time_limit() { # SLURM looks twice a minute, and half a minute ahead
 cancelled() {
     train cancelled && at_step 13 && scancel "$job"
     wait_for 120 ended "$job"
-    local first="$job, $(state "$job"), $(said 2)"
+    local first="job $job: $(state "$job"), $(said 1)"
     train cancelled
     verify "scancel at step 13, submitted again" "$first"
 }
