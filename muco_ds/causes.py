@@ -41,6 +41,11 @@ def cause_of(error: Exception) -> Cause:
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or _MEMORY.search(text):
         cure = "lower batch.pack_tokens, or let tools/preflight.py --tune choose what is recomputed"
         return Cause(f"{text or 'out of memory'}: {cure}", known=True)
+    if "can't start new thread" in text:
+        cure = (
+            "memory, or what a user may start (ulimit -u, a container's limit of processes), ran out: give the job more"
+        )
+        return Cause(f"{text}: {cure}", known=True)
     if (worker := _WORKER.search(str(error))) is not None:
         cure = "lower data.workers, or give the job more memory (a container: more --shm-size)"
         return Cause(f"a data loader's worker {worker[1]}: {cure}", known=True)

@@ -99,6 +99,7 @@ def _say(status: int, line: str, end: RunEnd | None, first: bool) -> None:
             return
     if end is not None:
         end.record(status, line)
+        sys.stderr.write("\n")  # a progress bar may stand there
     everyone = rank == 0 and (status == 2 or not _ranks())
     print(f"error: {line}" if everyone else f"error: rank {rank}: {line}", file=sys.stderr, flush=True)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
 from logging.handlers import RotatingFileHandler
@@ -52,6 +53,8 @@ class RankLog:
         self._file.addHandler(self._handler)
         self._file.info(self._header(rank))
         self._attach()
+        self._thread_failed = threading.excepthook
+        threading.excepthook = self._failed_in_thread
         self._show_warning = warnings.showwarning
         warnings.showwarning = self._warn  # type: ignore[assignment]
 
@@ -79,12 +82,19 @@ class RankLog:
         self._show_warning(message, category, filename, lineno, *rest)
         self._file.warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
 
+    def _failed_in_thread(self, args: threading.ExceptHookArgs) -> None:
+        """A thread's end, TensorBoard's on a full disk: the console gets a line, as what comes of it is said there."""
+        name = "a thread" if args.thread is None else args.thread.name
+        print(f"{name} ended: {args.exc_type.__name__}: {args.exc_value}", file=sys.stderr, flush=True)
+        self._file.error("%s ended", name, exc_info=args.exc_value)
+
     def failed(self, error: BaseException, *, traceback: bool) -> None:
         """What ended this rank."""
         self._file.error("%s: %s", type(error).__name__, error, exc_info=error if traceback else None)
 
     def close(self) -> None:
         warnings.showwarning = self._show_warning
+        threading.excepthook = self._thread_failed
         for logger in self._attached:
             logger.removeHandler(self._handler)
         for handler, level in self._console:

@@ -22,7 +22,7 @@ def pictures(arena: Arena) -> list[Outcome]:
     outcomes = []
     shutil.copytree(arena.demo.data / "images", out / "images")
     # In training: indexed when they were whole.
-    arena.programs.run(arena.argv(out / "indexed", overrides | {"run.max_steps": 1}), ranks=RANKS).check()
+    arena.programs.run(arena.argv(out / "indexed", overrides | {"run.max_steps": 2}), ranks=RANKS).check()
     replaced = sorted((out / "images").rglob("*.*"))[: len(kinds)]
     for path, kind in zip(replaced, kinds.values(), strict=False):
         path.unlink()

@@ -43,6 +43,11 @@ def test_a_real_allocation_that_fails() -> None:
     assert "lower batch.pack_tokens" in cause_of(caught.value).line
 
 
+def test_no_more_threads() -> None:
+    cause = cause_of(RuntimeError("can't start new thread"))
+    assert cause.known and not cause.consequence and "ulimit -u" in cause.line
+
+
 @pytest.mark.parametrize("end", ["is killed by signal: Killed. ", "is killed by signal: Bus error. "])
 def test_a_loader_worker(end: str) -> None:
     cause = cause_of(RuntimeError(f"DataLoader worker (pid 812) {end}It is possible that"))

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -118,6 +119,23 @@ def test_the_log_holds_what_the_console_does_not_show(
     for text in ("INFO muco_ds.x: rank 5 was here", "for both", "WARNING a_library", "UserWarning: be careful"):
         assert text in written
     assert "for both" in shown and "be careful" in shown and "rank 5" not in shown and "library said" not in shown
+
+
+def test_a_thread_that_ends_by_an_error_is_a_line_and_in_the_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    before = threading.excepthook
+    with Health(tmp_path):
+        thread = threading.Thread(target=full, name="board")
+        thread.start()
+        thread.join()
+    shown, log = capfd.readouterr().err, log_path(tmp_path, 0).read_text()
+    assert "board ended: OSError: [Errno 28] No space left on device\n" in shown and "Traceback" not in shown
+    assert "board ended" in log and "Traceback" in log
+    assert threading.excepthook is before
 
 
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
