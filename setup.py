@@ -25,7 +25,7 @@ setup(
         'transformers>=5.20,<6; python_version < "3.11"',
         # Lower bounds below: the oldest that tests/oldest.sh ran with (constraints-oldest.txt).
         "accelerate>=1.1",
-        "datasets>=4.0",
+        "datasets>=4.2",
         "docstring-parser>=0.15",  # jsonargparse shows the fields' descriptions in --help with it
         "jinja2>=3.1.6",
         "jsonargparse>=4.50",

@@ -67,7 +67,7 @@ def main() -> int:
     row = written = 0
     bad: list[str] = []
     bar = tqdm(total=len(reader), desc="splitting", unit="row")
-    with replacing(args.output) as path, bar, pq.ParquetWriter(path, SCHEMA) as writer:
+    with replacing(args.output) as path, bar, pq.ParquetWriter(path, SCHEMA, write_page_checksum=True) as writer:
         for table in reader.tables():
             pairs: list[dict[str, str]] = []
             for data in table.to_pylist():

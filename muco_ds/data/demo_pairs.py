@@ -27,7 +27,7 @@ def write_pairs(path: Path, rows: Sequence[dict[str, Any]], seed: int, *, all_ki
     kinds = len(rows[0]["pos_text"]) + 1
     slots = [range(kinds) if all_kinds else [rng.randrange(kinds)] for _ in rows]
     pairs = [_pair(row, slot, rows, rng) for row, chosen in zip(rows, slots, strict=True) for slot in chosen]
-    pq.write_table(pa.Table.from_pylist(pairs, schema=PAIR_SCHEMA), path)
+    pq.write_table(pa.Table.from_pylist(pairs, schema=PAIR_SCHEMA), path, write_page_checksum=True)
 
 
 def _pair(row: dict[str, Any], slot: int, rows: Sequence[dict[str, Any]], rng: random.Random) -> dict[str, Any]:

@@ -257,7 +257,8 @@ def _write_split(data_dir: Path, split: str, scenes: list[Scene], seed: int) -> 
     for index, scene in enumerate(tqdm(scenes, desc=f"{split} scenes", unit="scene")):
         render(scene).save(folder / f"{index:05d}.png", compress_level=1)
         rows.append(scene_row(scene, f"{split}/{index:05d}.png", rng))
-    pq.write_table(pa.Table.from_pylist(rows, schema=M3T_SCHEMA), data_dir / f"{split}.parquet")
+    table = pa.Table.from_pylist(rows, schema=M3T_SCHEMA)
+    pq.write_table(table, data_dir / f"{split}.parquet", write_page_checksum=True)
     return rows
 
 

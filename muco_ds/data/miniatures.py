@@ -85,7 +85,7 @@ def write_mmeb(
 def _write_mmeb(folder: Path, rows: Sequence[tuple]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist([dict(zip(_MMEB_SCHEMA.names, row, strict=True)) for row in rows], _MMEB_SCHEMA)
-    pq.write_table(table, folder / "test-00000-of-00001.parquet")
+    pq.write_table(table, folder / "test-00000-of-00001.parquet", write_page_checksum=True)
 
 
 def write_mbeir(questions: Sequence[Asked], captions: Sequence[Asked], root: Path) -> None:

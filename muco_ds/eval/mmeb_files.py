@@ -147,7 +147,7 @@ class Pictures:
 
 def _records(file: str) -> Iterator[dict[str, Any]]:
     try:
-        with pq.ParquetFile(file) as opened:
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
             columns = [name for name in (*_COLUMNS, *_INSTRUCTIONS) if name in opened.schema_arrow.names]
             for batch in opened.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 yield from batch.to_pylist()

@@ -115,7 +115,7 @@ class Fetch:
         """Rows of the data, and whether they have names. Raises UserError."""
         options = self.options
         try:
-            with pq.ParquetFile(options.data) as file:
+            with pq.ParquetFile(options.data, page_checksum_verification=True) as file:
                 rows, names = file.metadata.num_rows, file.schema_arrow.names
         except (OSError, pa.ArrowException) as error:
             cause = (str(error).strip().splitlines() or [""])[0]
@@ -159,7 +159,7 @@ class Fetch:
         """(name, URL) of each row that has a URL, in the order of the rows."""
         options = self.options
         columns = [options.url_column, *([options.name_column] if self._has_names else [])]
-        with pq.ParquetFile(options.data) as file:
+        with pq.ParquetFile(options.data, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     bar.update()
@@ -199,9 +199,9 @@ class Fetch:
     def _write_named(self, path: Path) -> None:
         """The data with the column of names that the URLs give, '' where there is none."""
         options = self.options
-        with pq.ParquetFile(options.data) as file:
+        with pq.ParquetFile(options.data, page_checksum_verification=True) as file:
             schema = file.schema_arrow.append(pa.field(options.name_column, pa.string()))
-            with replacing(path) as work, pq.ParquetWriter(work, schema) as writer:
+            with replacing(path) as work, pq.ParquetWriter(work, schema, write_page_checksum=True) as writer:
                 for batch in file.iter_batches(_ROWS_AT_ONCE):
                     urls = batch.column(options.url_column).to_pylist()
                     names = pa.array([name_of(url) if _is_url(url) else "" for url in urls], pa.string())

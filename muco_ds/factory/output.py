@@ -34,7 +34,7 @@ def write_m3t(rows: Iterable[dict[str, Any]], path: Path) -> None:
         }
         for row in rows
     )
-    with replacing(path) as work, pq.ParquetWriter(work, M3T_SCHEMA) as writer:
+    with replacing(path) as work, pq.ParquetWriter(work, M3T_SCHEMA, write_page_checksum=True) as writer:
         while some := list(islice(remaining, _ROWS_AT_ONCE)):
             writer.write_table(pa.Table.from_pylist(some, schema=M3T_SCHEMA))
 

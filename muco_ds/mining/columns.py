@@ -24,7 +24,7 @@ def write_rows(reader: M3TReader, negatives_of: Callable[[int], list[tuple[str, 
                 values = pa.array([[negative[place] for negative in negatives] for negatives in found], _LIST)
                 at = table.schema.get_field_index(name)
                 table = table.append_column(name, values) if at < 0 else table.set_column(at, name, values)
-            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer = writer or pq.ParquetWriter(path, table.schema, write_page_checksum=True)
             writer.write_table(table)
     finally:
         if writer is not None:

@@ -82,7 +82,7 @@ class Output:
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
             for shard, part_ND in enumerate(shards.parts()):
-                pq.write_table(_table(shards, shard, part_ND), made / f"{shard:05}.parquet")
+                pq.write_table(_table(shards, shard, part_ND), made / f"{shard:05}.parquet", write_page_checksum=True)
         for ending in ("report.json", "broken.jsonl"):  # of a run that ended here
             (made / ending).unlink(missing_ok=True)
         for ending, text in beside_them.items():

@@ -121,8 +121,8 @@ def test_the_rank_with_the_bug_says_it_with_its_traceback_and_records_it(tmp_pat
 def test_a_rank_that_lost_another_speaks_only_where_nobody_did(tmp_path: Path) -> None:
     record_end(tmp_path, 1, "of an earlier start")
     done = end_of(tmp_path, "alone", 0.2, **FIRST_OF_4)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: rank 0: lost another rank (gloo: Connection closed by peer)")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") == 2
+    assert done.stderr.startswith("\nerror: rank 0: lost another rank (gloo: Connection closed by peer)")
     assert len(read_ends(tmp_path)) == 2
 
 
