@@ -40,6 +40,7 @@ UNIVERSAL = "universal"
 
 _SEALED = re.compile(r"step_\d+")
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_")
+_LOOK_S = 0.5
 _SPARE = 16 * 2**20
 """Bytes of a checkpoint that are no tensors: tokenizer, settings, and what the files have around the tensors."""
 
@@ -189,8 +190,10 @@ class Checkpoints:
         """
         save, self._save = self._save, None
         if save is not None:
-            with env.agreement(patient=True):
-                self.wait()
+            with env.agreement(patient=True) as lost:
+                # Its own collectives wait for days: that another rank is gone is known by those of the main threads.
+                while self._thread.is_alive() and not lost.is_set():
+                    self.wait(_LOOK_S)
                 if save.problem is not None:
                     raise UserError(save.problem)
 

@@ -190,40 +190,41 @@ def agree(problem: str | None) -> None:
 
 
 @contextmanager
-def agreement(*, patient: bool = False) -> Iterator[None]:
+def agreement(*, patient: bool = False) -> Iterator[threading.Event]:
     """What one rank finds wrong inside is raised on every rank. The body holds no collective; every rank must enter.
 
     Args:
         patient: the body may take a rank far longer than the others, and than any collective may take.
+    Yields: what is set once another rank is gone, for a patient body that waits for it: it must end, then this raises.
     """
     problem = None
-    with _patience() if patient and world_size() > 1 else nullcontext():
+    with _patience() if patient and world_size() > 1 else nullcontext(threading.Event()) as lost:
         try:
-            yield
+            yield lost
         except UserError as error:
             problem = str(error)
     agree(problem)
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
+def _patience() -> Iterator[threading.Event]:
     """At the end wait for the slowest rank. Until then all tell each other that they live: who works long is waited
     for, who is gone is noticed within the time-out. Collective."""
     global _patient_group
     if _patient_group is None:
         _patient_group = dist.new_group(backend="gloo")
-    done = threading.Event()
+    done, lost = threading.Event(), threading.Event()
     failure: list[RuntimeError] = []
-    exchange = threading.Thread(target=_tell_of_life, args=(done, failure), daemon=True)
+    exchange = threading.Thread(target=_tell_of_life, args=(done, lost, failure), daemon=True)
     exchange.start()
-    yield  # an error that is not the user's ends this process, and thereby the exchange
+    yield lost  # an error that is not the user's ends this process, and thereby the exchange
     done.set()
     exchange.join()
     if failure:
         raise failure[0]
 
 
-def _tell_of_life(done: threading.Event, failure: list[RuntimeError]) -> None:
+def _tell_of_life(done: threading.Event, lost: threading.Event, failure: list[RuntimeError]) -> None:
     """Exchanges in a thread of its own until every rank is done."""
     pause_s = 0.01
     everyone = torch.zeros(1, dtype=torch.int64)
@@ -235,6 +236,7 @@ def _tell_of_life(done: threading.Event, failure: list[RuntimeError]) -> None:
             dist.all_reduce(everyone, group=_patient_group)
     except RuntimeError as error:
         failure.append(error)
+        lost.set()
 
 
 def on_main(work: Callable[[], object]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from muco_ds.checkpoint import Checkpoints
 from muco_ds.distributed import env
 from muco_ds.distributed.testing import run_distributed
 from muco_ds.errors import UserError
@@ -117,6 +119,37 @@ def losing() -> str:
 
 def test_a_rank_that_is_gone_during_such_work_is_noticed() -> None:
     assert run_distributed(losing, 2, timeout_s=60.0)[0] == "noticed"
+
+
+class HeldEngine:
+    """Has nothing written."""
+
+    checkpoint_engine = None
+
+    def save_checkpoint(self, *_: object, **__: object) -> None:
+        pass
+
+
+def losing_while_a_checkpoint_is_written(folder: str) -> str:
+    """What rank 0 gets for waiting for a checkpoint whose other part nobody writes any more."""
+    env.start(timeout_s=1.0)
+    store = Checkpoints(Path(folder), keep=1)
+    with env.agreement(patient=True):
+        pass
+    if dist.get_rank() == 1:
+        store._write = lambda save: time.sleep(8)  # type: ignore[method-assign]
+    store.save(HeldEngine(), 1, {}, lambda path: None)
+    if dist.get_rank() == 1:
+        time.sleep(6)
+        return ""
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="Timed out"):
+        store.finish()
+    return "noticed" if time.monotonic() - started < 5 else "noticed by the other's end"
+
+
+def test_a_rank_that_is_gone_while_a_checkpoint_is_written_is_noticed(tmp_path: Path) -> None:
+    assert run_distributed(losing_while_a_checkpoint_is_written, 2, str(tmp_path), timeout_s=60.0)[0] == "noticed"
 
 
 def test_a_name_that_nobody_knows_is_named(given: pytest.MonkeyPatch) -> None:
