@@ -96,8 +96,11 @@ class Place:
         flush(pointer)
         os.replace(pointer, self.folder / "latest")
         flush(self.folder)
-        for old in self.complete(warn=False)[self.keep :]:
-            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+        # Newer ones were passed over as altered when the run went on from an older one: they must not push this out.
+        kept = [path for path in self.complete(warn=False) if path.name <= final.name][: self.keep]
+        for old in self.sealed():  # ones that are not complete, too
+            milestone = self.keep_every > 0 and int(old.name.removeprefix("step_")) % self.keep_every == 0
+            if len(kept) == self.keep and old.name < kept[-1].name and not milestone:
                 discard(old)
         for unneeded in self.folder.glob(f"step_*/{UNIVERSAL}*"):  # a resumed run will start from `final`
             shutil.rmtree(unneeded, ignore_errors=True)

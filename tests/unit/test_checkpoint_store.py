@@ -194,3 +194,21 @@ def test_an_engine_that_loads_nothing_is_not_taken_for_resumed(store: Checkpoint
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give a runs/NAME/checkpoints/step_"):
         read_meta(tmp_path / "absent")
+
+
+def test_a_newer_one_that_was_passed_over_does_not_push_the_written_one_out(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, keep=1)
+    altered = save(store, 300)
+    (altered / "meta.json").write_bytes((altered / "meta.json").read_bytes().replace(b"r", b"s", 1))
+    assert incomplete(altered) is None and damaged(altered) is not None
+    written = save(store, 250)  # resumed from an older one, and stopped by a signal
+    assert store.newest_intact() == written
+
+
+def test_ones_that_are_not_complete_go_with_those_older_than_the_kept(store: Checkpoints) -> None:
+    for step in (1, 2):
+        (save(store, step) / "meta.json").unlink()
+    save(store, 3)
+    assert "step_0000001" in names(folder(store)), "until enough whole ones are there"
+    save(store, 4)
+    assert names(folder(store)) == ["latest", "step_0000003", "step_0000004"]
