@@ -56,9 +56,11 @@ def record_end(folder: Path, status: int, cause: str, step: int | None = None) -
     )
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / ENDS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        file = os.open(folder / ENDS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(file, (json.dumps(asdict(end)) + "\n").encode())
+            size = os.fstat(file).st_size
+            cut = size > 0 and os.pread(file, 1, size - 1) != b"\n"  # a full disk took a part of the line before
+            os.write(file, ("\n" * cut + json.dumps(asdict(end)) + "\n").encode())
         finally:
             os.close(file)
 

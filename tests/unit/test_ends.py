@@ -45,6 +45,14 @@ def test_lines_that_were_cut_or_are_of_another_kind_are_skipped(tmp_path: Path) 
     assert read_ends(tmp_path / "nowhere") == []
 
 
+def test_an_end_after_a_line_that_was_cut_is_not_lost_with_it(tmp_path: Path) -> None:
+    (tmp_path / ENDS_FILE).write_text('{"time": "2026-')
+    record_end(tmp_path, 0, "finished")
+    record_end(tmp_path, 1, "next")
+    assert [end.cause for end in read_ends(tmp_path)] == ["finished", "next"]
+    assert len((tmp_path / ENDS_FILE).read_bytes().splitlines()) == 3
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to stand for a full disk")
 def test_a_disk_that_takes_nothing_does_not_hide_the_cause(tmp_path: Path) -> None:
     (tmp_path / ENDS_FILE).symlink_to("/dev/full")
