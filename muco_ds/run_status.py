@@ -296,7 +296,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _storage(status: Status, now: float) -> None:
-    for path in sorted((status.folder / "checkpoints").glob("step_*"), reverse=True):
+    for path in sorted((status.folder / "checkpoints").glob("step_*[0-9]"), reverse=True):  # none without its name yet
         with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
             manifest = path / "manifest.json"  # written last
             status.checkpoint_bytes = sum(json.loads(manifest.read_text())["files"].values())

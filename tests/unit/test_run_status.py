@@ -63,7 +63,9 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     step = tmp_path / "checkpoints" / "step_0000020"
     step.mkdir(parents=True)
     (step / "manifest.json").write_text(json.dumps({"files": {"a": 10, "b": 32}}))
-    (tmp_path / "checkpoints" / "step_0000040.tmp").mkdir()
+    sealing = tmp_path / "checkpoints" / "step_0000040.tmp"  # its manifest is there, its name is not
+    sealing.mkdir()
+    (sealing / "manifest.json").write_text('{"files": {}}')
     status = read_status(tmp_path)
     assert status.verdict == RUNNING and status.well and not status.warnings
     assert (status.step, status.steps, status.ranks, status.hosts) == (40, 100, 2, ["node0", "node1"])
