@@ -115,8 +115,10 @@ class Trainer:
         with bar, written:
             try:
                 return self._steps(bar)
-            except UserError as error:
-                if error.on_every_rank:  # all are there to finish what is being written; it is a good state
+            except Exception as error:
+                # What is being written is a good state. Where a user's mistake ends this rank the others are still
+                # there to finish it; where anything else does, one of several may be gone.
+                if isinstance(error, UserError) or env.world_size() == 1:
                     self.checkpoints.wait(_LAST_WRITE_S)
                 raise
 

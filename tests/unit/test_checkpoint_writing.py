@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 
 from muco_ds import checkpoint
 from muco_ds.checkpoint import Checkpoints
+from muco_ds.config import RunOptions
 from muco_ds.errors import UserError
 from muco_ds.manifest import damaged, discard, incomplete, listed
 from muco_ds.snapshot import Snapshots
+from muco_ds.trainer import Trainer
 
 from stand_in_engine import META, Engine, complete, folder, loaded, names, save, write_beside
 
@@ -67,6 +70,25 @@ def test_the_next_save_waits_for_the_one_before(store: Checkpoints, held: thread
     assert [path.name for path in complete(store)][-1] == "step_0000001"
     store.finish()
     assert [loaded(path) for path in complete(store)] == [2, 1]
+
+
+@pytest.mark.parametrize("error", [UserError("row 3: it changed"), RuntimeError("CUDA out of memory")])
+def test_what_ends_a_run_does_not_cost_the_one_being_written(
+    store: Checkpoints, held: threading.Event, error: Exception
+) -> None:
+    def steps(_bar: object) -> bool:
+        store.save(Engine(1), 1, META, write_beside)
+        threading.Timer(0.2, held.set).start()
+        raise error
+
+    trainer = Trainer.__new__(Trainer)
+    run = RunOptions("r")
+    trainer.config, trainer.metrics, trainer.checkpoints = SimpleNamespace(run=run), None, store  # type: ignore[assignment]
+    trainer.start_step, trainer.max_steps = 0, 2
+    trainer._steps = steps  # type: ignore[method-assign]
+    with pytest.raises(type(error), match=str(error)):
+        trainer.fit()
+    assert [loaded(path) for path in complete(store)] == [1]
 
 
 def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
