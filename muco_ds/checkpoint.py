@@ -127,7 +127,7 @@ class Checkpoints:
         keep: how many of the newest stay.
         keep_every: those of steps divisible by it stay, too; 0: none.
         copies: a second folder, on another file system, which gets a copy of each.
-        background: write while training goes on.
+        background: write while training goes on, from copies.
         frozen: save the weights that are not trained, too.
     """
 
@@ -163,7 +163,7 @@ class Checkpoints:
             if env.is_main():
                 place.begin(step)
         try:
-            with self._snapshots.instead_of_writing(engine, work) as states:
+            with self._snapshots.instead_of_writing(engine, work, copied=self.background) as states:
                 engine.save_checkpoint(str(work), tag=TAG, save_latest=False, exclude_frozen_parameters=not self.frozen)
         except (OSError, RuntimeError) as error:
             # The others are inside DeepSpeed's collectives, which this rank can't join any more: it leaves, and the

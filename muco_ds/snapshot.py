@@ -32,25 +32,29 @@ class Snapshots:
         self._buffers: list[torch.Tensor] = []
 
     @contextmanager
-    def instead_of_writing(self, engine: Any, root: Path) -> Iterator[list[State]]:
-        """Inside, what the engine would save below `root` is copied into the list, which is valid after the block."""
-        recorder = _Recorder(root, self._buffers)
+    def instead_of_writing(self, engine: Any, root: Path, *, copied: bool = True) -> Iterator[list[State]]:
+        """Inside, what the engine would save below `root` goes into the list, which is valid after the block.
+
+        Args:
+            copied: false: no copies but the engine's own tensors, to be written before they change.
+        """
+        recorder = _Recorder(root, self._buffers if copied else None)
         writer, engine.checkpoint_engine = engine.checkpoint_engine, recorder
         try:
             yield recorder.states
         finally:
             engine.checkpoint_engine = writer
-        if recorder.pinned:
-            torch.cuda.synchronize()  # the copies were only queued
+        if recorder.on_gpu:
+            torch.cuda.synchronize()  # the copies were only queued; and what is not copied is read by another thread
 
 
 class _Recorder:
     """Stands where DeepSpeed (0.19.8) has a CheckpointEngine, and has the methods that `save_checkpoint` calls."""
 
-    def __init__(self, root: Path, buffers: list[torch.Tensor]) -> None:
+    def __init__(self, root: Path, buffers: list[torch.Tensor] | None) -> None:
         self.root, self.buffers, self.used = root, buffers, 0
         self.states: list[State] = []
-        self.pinned = False
+        self.on_gpu = False
 
     def create(self, info: Any) -> None:
         pass
@@ -71,7 +75,7 @@ class _Recorder:
         return False
 
     def preserves_storage_sharing(self) -> bool:
-        return False  # DeepSpeed need not clone: a copy never drags a larger storage along
+        return self.buffers is None  # DeepSpeed need not clone: a copy never drags a larger storage along
 
     def _copy(self, tree: Any, copied: dict[tuple, torch.Tensor]) -> Any:
         if isinstance(tree, torch.Tensor):
@@ -92,7 +96,9 @@ class _Recorder:
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = tensor.device.type == "cuda"
-        self.pinned |= pinned
+        self.on_gpu |= pinned
+        if self.buffers is None:
+            return tensor
         if self.used == len(self.buffers) or not _fits(self.buffers[self.used], tensor):
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self.buffers[self.used : self.used + 1] = [buffer]

@@ -93,7 +93,17 @@ def test_what_ends_a_run_does_not_cost_the_one_being_written(
 
 def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path, keep=1, background=False)
-    assert incomplete(store.save(Engine(1), 1, META, write_beside)) is None
+    path = store.save(Engine(1), 1, META, write_beside)
+    assert incomplete(path) is None and loaded(path) == 1
+
+
+def test_in_the_foreground_there_is_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, written = Engine(1), []
+    monkeypatch.setattr(torch, "save", lambda tree, path: written.append(tree) or path.write_bytes(b"x"))
+    Checkpoints(tmp_path, keep=1, background=False).save(engine, 1, META, write_beside)
+    assert written[0]["state"].data_ptr() == engine.state.data_ptr()
+    with Snapshots().instead_of_writing(engine, tmp_path, copied=False):
+        assert engine.checkpoint_engine.preserves_storage_sharing(), "DeepSpeed cuts views out itself"
 
 
 def test_a_failure_in_the_background_is_known_before_the_next_step_and_said_at_the_end(
