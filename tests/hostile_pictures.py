@@ -143,6 +143,32 @@ def _palette_with_odd_transparency() -> bytes:
     return _saved("PNG", picture, transparency=bytes(range(0, 250, 5))[:7], pnginfo=info)
 
 
+def _exif_in_pieces() -> bytes:
+    """A JPEG of 32 MB whose EXIF block comes ten bytes at a time: Pillow copies all of it for each."""
+    data, piece = _saved("JPEG"), b"\xff\xe1" + struct.pack(">H", 18) + b"Exif\0\0" + bytes(10)
+    return data[:2] + piece * 1_600_000 + data[2:]
+
+
+def _comments() -> bytes:
+    data = _saved("GIF")
+    place = 13 + 3 * 2 ** ((data[10] & 7) + 1)
+    return data[:place] + b"!\xfe\x01c\0" * 5_000_000 + data[place:]
+
+
+def _strips() -> bytes:
+    """One entry names 4 million strips of the same few bytes."""
+    count = 4_000_000
+    strips = [(278, 4, 1, 1), (273, 4, count, 4096), (279, 4, count, 4096)]
+    return _tiff(*_tiff_basics(*SIZE, 1), *strips, data=struct.pack("<I", 48) * count)
+
+
+def _overlapping_entries() -> bytes:
+    """Three hundred entries that hold the same megabyte."""
+    held = [(40_000 + i, 7, 2**20, 4096) for i in range(300)]
+    pixels = [(273, 4, 1, 4096), (278, 4, 1, SIZE[1]), (279, 4, 1, SIZE[0] * SIZE[1])]
+    return _tiff(*_tiff_basics(*SIZE, 1), *pixels, *held, data=bytes(2**20))
+
+
 def _several(kind: str, count: int) -> bytes:
     return _saved(kind, save_all=True, append_images=[_picture().rotate(5 * i) for i in range(count)])
 
@@ -203,6 +229,11 @@ _BYTES: dict[str, Callable[[], bytes]] = {
     "bomb_of_strips.tif": lambda: _tiff(
         *_tiff_basics(*SIZE, 8), (278, 4, 1, 32), (273, 4, 2**28, 4096), (279, 4, 2**28, 4096), data=bytes(4096)
     ),
+    "bomb_of_segments.jpg": _exif_in_pieces,
+    "bomb_of_comments.gif": _comments,
+    "bomb_of_chunks.png": lambda: _png_of(SIZE[1], _chunk(b"prVt", b"") * 2_000_000),
+    "bomb_of_strip_numbers.tif": _strips,
+    "overlapping_entries.tif": _overlapping_entries,
     "directory_loop.tif": _directory_loop,
     "bomb_of_runs.bmp": lambda: _bmp(13_000, 13_000, compression=1, bits=8, data=b"\xff\x00" * 300_000 + b"\0\1"),
     "bomb_of_digits.ppm": lambda: b"P3 12000 12000 255\n" + b"0 " * 4_500_000,

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from muco_ds.data.picture_parts import too_many_parts
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Decoders that are allowed to see a data set's files; everything else Pillow knows stays closed."""
 
@@ -120,9 +122,12 @@ def _opened(path: str | Path | StoredPicture, *, whole: bool) -> Iterator[Image.
                 raise ImageError(f"{size} bytes are over the limit of {MAX_FILE_BYTES}")
             # Network file systems prefer one read to many small ones; a header needs only the first bytes.
             content = file.read(size) if whole else None
+            stream = file if content is None else io.BytesIO(content)
+            if (problem := too_many_parts(stream, size, whole=whole)) is not None:
+                raise ImageError(problem)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(file if content is None else io.BytesIO(content), formats=FORMATS)
+                warnings.simplefilter("ignore")  # a hostile file can ask for thousands of lines
+                image = Image.open(stream, formats=FORMATS)
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
