@@ -1,5 +1,6 @@
-"""How many parts a picture's file is made of, counted before Pillow is let in: it keeps each in memory, and joins some by
-copying all that came before, which takes hours for a few million of them. Pixels are not looked at.
+"""How many parts a picture's file is made of, counted before Pillow is let in. Pixels are not looked at.
+
+Pillow keeps each part in memory, and joins some by copying all that came before: hours for a few million of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TIFF_PLAIN = (1, 2, 6, 7)  # not made into Python's numbers
 
 
 def too_many_parts(file: BinaryIO, size: int, *, whole: bool) -> str | None:
-    """What is too much in a file of `size` bytes, or None. `whole`: also behind a PNG's first pixels. Leaves it at 0."""
+    """What is too much in a file of `size` bytes, or None; `whole`: also behind a PNG's first pixels. Rewinds it."""
     file.seek(0)
     head = file.read(16)
     problem = None
