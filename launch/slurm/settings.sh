@@ -9,7 +9,11 @@ fail() {
 [ -n "${SLURM_JOB_ID:-}" ] || fail "no SLURM job: submit this file with sbatch, or python launch/slurm/submit.py RECIPE --nodes N"
 export MUCO_DS_REPOSITORY="${MUCO_DS_REPOSITORY:-$SLURM_SUBMIT_DIR}"
 restart="${SLURM_RESTART_COUNT:-0}"
-python -c 'import muco_ds' || fail "$(command -v python || echo python) can't import muco_ds: submit from the environment it is installed in"
+# A job array would have several jobs write one run; of a heterogeneous job the other parts would idle.
+[ -z "${SLURM_ARRAY_JOB_ID:-}${SLURM_HET_SIZE:-}" ] || fail "this is a job array or a heterogeneous job: submit one plain job for each run"
+[[ "${MAX_FAILURES:=3}" =~ ^[1-9][0-9]*$ ]] || fail "MAX_FAILURES=$MAX_FAILURES: give a whole number of at least 1"
+# From another folder: what is only found in this one the programs would not find.
+(cd / && python -c 'import muco_ds') || fail "$(command -v python || echo python) can't import muco_ds: submit from the environment it is installed in"
 
 # --- ranks: one per GPU; without GPUs as many as --ntasks-per-node says
 gpus="${SLURM_GPUS_PER_NODE##*:}" # may be written h100:8
@@ -21,6 +25,7 @@ cpus="${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / ranks > 0 ? SLURM_CPUS_ON_N
 
 # --- rendezvous
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+[ -n "$first" ] || fail "scontrol does not say which machines the job has: is it in PATH here, as it was where the job was submitted?"
 # The address that SLURM itself reaches the machine by; its name need not resolve on the others.
 MASTER_ADDR="$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
 export MASTER_ADDR="${MASTER_ADDR:-$first}"
@@ -50,8 +55,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Models and data are folders: a compute node that asks the hub waits for a network it may not have.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 # Compiled kernels go to the machine's own disk: thousands of small files, and locks that network disks do not keep. A new
-# folder for each restart, because a killed compilation leaves a lock that later ones wait for.
-local_disk="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/muco_ds-$SLURM_JOB_ID-$restart"
+# folder for each restart, because a killed compilation leaves a lock that later ones wait for. Programs are loaded from it,
+# so that no other user of the machine may guess its name and make it first.
+local_disk="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/muco_ds-$SLURM_JOB_ID-$restart-$(od -An -N8 -tx8 /dev/urandom | tr -d ' ')"
 export TRITON_CACHE_DIR="$local_disk/triton" TORCH_EXTENSIONS_DIR="$local_disk/torch_extensions"
 ulimit -c 0                       # a core file of each rank holds all its memory, and would fill the disk
 ulimit -n "$(ulimit -Hn)" || true # loaders hand batches over as open files
