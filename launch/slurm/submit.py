@@ -52,7 +52,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max_failures", type=int, default=3, help="ends alike without a new checkpoint (default: 3)")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GiB (default: 80)")
     parser.add_argument("--no_preflight", action="store_true", help="do not plan the training here")
-    parser.add_argument("--dry_run", action="store_true", help="check everything and print the jobs")
+    parser.add_argument("--dry_run", action="store_true", help="check all but the cluster, and print the jobs")
     own, rest = parser.parse_known_args(_joined(argv))
     if (own.recipe is None) == (own.chain is None):
         raise UserError("give a RECIPE or --chain FILE, one of the two")
@@ -81,7 +81,11 @@ def plan_jobs(own: argparse.Namespace, rest: list[str]) -> list[Job]:
         shared, stages = read_chain(own.chain)
     else:
         stages = [Stage("", "train", {"recipe": own.recipe} | _keys(rest), {})]
-    resources = Resources(**(shared | given), options=tuple(shlex.split(own.sbatch)))
+    try:
+        options = tuple(shlex.split(own.sbatch))
+    except ValueError as error:
+        raise UserError(f"--sbatch {own.sbatch}: {str(error).lower()}: quote its words as for a shell") from None
+    resources = Resources(**(shared | given), options=options)
     resources.check()
     jobs = jobs_of(stages, resources)
     if not 1 <= own.first <= len(jobs):

@@ -134,7 +134,8 @@ def jobs_of(stages: list[Stage], resources: Resources) -> list[Job]:
             job = _mine(stage, later, made, resources)
         else:
             job = _evaluate(stage, made, resources)
-        job.resources.check()
+        with _told(stage):
+            job.resources.check()
         jobs.append(job)
     return jobs
 
@@ -211,10 +212,13 @@ def _evaluate(stage: Stage, made: _Made, resources: Resources) -> Job:
     data = str(stage.options["data"])
     if not glob.glob(data):
         raise UserError(f"{stage.place}: data: no such file or folder '{data}'")
-    model = made.model or Path(stage.options["model"])
+    model = Path(stage.options["model"]) if "model" in stage.options else made.model
+    assert model is not None
     options = {"model": str(model), "output": str(model.parent / "evaluation")} | stage.options
     words = tuple(_words(options))
-    return Job("evaluate", Path(options["output"]).parent, "evaluate.sbatch", _alone(resources, stage), words)
+    return Job(
+        "evaluate", Path(options["output"]).absolute().parent, "evaluate.sbatch", _alone(resources, stage), words
+    )
 
 
 def _alone(resources: Resources, stage: Stage) -> Resources:

@@ -53,7 +53,9 @@ class Resources:
         limits = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1, "save_before_end": 1}
         for name, least in limits.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is None and name in ("ranks_per_node", "cpus_per_rank"):
+                continue
+            if type(value) is not int or value < least:
                 raise UserError(f"{name} is {value}: give a whole number of at least {least}")
         if self.gpus_per_node == 0 and self.ranks_per_node is None:
             raise UserError("gpus_per_node is 0: give ranks_per_node, how many processes a machine without GPUs runs")
@@ -62,6 +64,10 @@ class Resources:
                 f"ranks_per_node is {self.ranks_per_node} but gpus_per_node is {self.gpus_per_node}: "
                 "each rank has one GPU; leave ranks_per_node out"
             )
+        for name in ("partition", "account"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):  # YAML reads 0123 as 83
+                raise UserError(f"{name} is {value!r}: give its name, in a chain in quotes")
         if self.time is not None and not isinstance(self.time, str):  # YAML reads 24:00:00 as 86400
             raise UserError(f"time is the number {self.time}: put it in quotes, such as time: '24:00:00'")
         least_s = 2 * self.save_before_end + _SIGNAL_EARLY_S
@@ -144,7 +150,7 @@ class Job:
         words = ["sbatch", "--parsable", f"--job-name={self.folder.name}", f"--comment={self.kind}"]
         words.append("--dependency=singleton" + (f",afterok:{after}" if after else ""))
         words.append("--kill-on-invalid-dep=yes")  # a stage whose predecessor failed would wait for ever
-        words.append(f"--output={base}-%j.log")
+        words.append(f"--output={str(base).replace('%', '%%')}-%j.log")
         if self.kind == "train":
             words.append(f"--signal=USR1@{self.resources.save_before_end}")
         recipe = [] if self.config is None else [str(base.with_suffix(".yaml"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--time", "10"], "time is 10, 600 s, but ranks are told to save 300 s before"),
         (["--gpus_per_node", "0"], "gpus_per_node is 0: give ranks_per_node"),
         (["--gpus_per_node", "8", "--ranks_per_node", "4"], "each rank has one GPU"),
+        (["--sbatch", '--qos="long'], '--sbatch --qos="long: no closing quotation: quote'),
+        (["--partition", ""], "partition is ''"),
         (["--cpus_per_rank", "0"], "cpus_per_rank is 0"),
         (["--max_failures", "0"], "--max_failures 0"),
         (["--from", "2"], "--from 2: the chain has stages 1 to 1"),
@@ -207,7 +210,16 @@ def test_stages_follow_from_each_other(
         ("[{train: {recipe: recipe.yaml}}, convert, {evaluate: {suite: m3t, data: x}}]", "data: no such file"),
         ("[{train: {recipe: recipe.yaml}}, {train: {recipe: recipe.yaml}}]", "runs/first is an earlier stage's"),
         ("[{train: {recipe: recipe.yaml}}, {convert: {dtpe: fp32}}]", "unknown 'dtpe': did you mean 'dtype'"),
-        ("[{train: {recipe: recipe.yaml, time: 24:00:00}}]", "time is the number 86400: put it in quotes"),
+        (
+            "[{train: {recipe: recipe.yaml, account: 1234}}]",
+            "stage 1 (train): account is 1234: give its name",
+        ),
+        ("[{train: {recipe: recipe.yaml, nodes: }}]", "stage 1 (train): nodes is None"),
+        ("[{train: {recipe: recipe.yaml, nodes: yes}}]", "stage 1 (train): nodes is True"),
+        (
+            "[{train: {recipe: recipe.yaml, time: 24:00:00}}]",
+            "stage 1 (train): time is the number 86400: put it",
+        ),
         ("[{train: {recipe: recipe.yaml}, convert: {}}]", "stage 1: write one kind with its options"),
         ("[{train: {recipe: recipe.yaml}}, convert, mine, {train: {recipe: recipe.yaml, run.name: b}}]", "negatives=0"),
         ("[]", "a chain has a list of stages"),
@@ -232,6 +244,48 @@ def test_the_shipped_chain_is_one() -> None:
     shared, stages = read_chain(SUBMIT.parent / "demo_chain.yaml")
     assert [stage.kind for stage in stages] == ["train", "convert", "mine", "train", "convert", "evaluate"]
     assert shared == {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1}
+
+
+def test_an_evaluation_of_another_model_stays_beside_it(
+    demo: Demo, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = f"{{suite: m3t, data: {demo.train}, model: other/model}}"
+    here = f"{{suite: m3t, data: {demo.train}, model: other/model, output: out}}"
+    stages = f"[{{train: {{recipe: recipe.yaml}}}}, convert, {{evaluate: {own}}}, {{evaluate: {here}}}]"
+    Path("c.yaml").write_text(f"stages: {stages}\n")
+    assert run_here(monkeypatch, SUBMIT, "--chain", "c.yaml", "--no_preflight") == 0
+    jobs = [job.splitlines() for job in Path("sbatch.log").read_text().strip("\n").split("\n\n")]
+    assert "other/evaluation" in jobs[2] and "--job-name=other" in jobs[2]
+    assert f"--job-name={recipe.name}" in jobs[3], "a job without a name waits for every other without one"
+
+
+def test_a_percent_sign_in_a_name_is_not_sbatch_s(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(monkeypatch, SUBMIT, "recipe.yaml", *CPUS, "--run.name", "9%j") == 0
+    assert "--output=runs/9%%j/job/1_train-%j.log" in Path("sbatch.log").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("SLURM_ARRAY_JOB_ID", "7", "error: this is a job array or a heterogeneous job: submit one plain job"),
+        ("SLURM_HET_SIZE", "2", "error: this is a job array or a heterogeneous job: submit one plain job"),
+        ("MAX_FAILURES", "none", "error: MAX_FAILURES=none: give a whole number of at least 1"),
+        # Found from the repository's folder alone, which is not where programs look.
+        ("PYTHONNOUSERSITE", "1", "can't import muco_ds: submit from the environment it is installed in"),
+    ],
+)
+def test_what_a_job_can_t_work_with_ends_it_before_it_starts(
+    tmp_path: Path, variable: str, value: str, said: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MUCO_DS_REPOSITORY": str(ROOT), "SLURM_JOB_ID": "7"}
+    script = ["bash", SUBMIT.parent / "train.sbatch", "recipe.yaml"]
+    done = subprocess.run(script, env=environment | {variable: value}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
