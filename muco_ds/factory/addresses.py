@@ -16,6 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from muco_ds.factory.failures import PictureError
 
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that is handed out; beside it lie ways to addresses of IPv4
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
@@ -28,6 +29,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if found not in _UNICAST:
+            return False
     return found.is_global and not found.is_multicast
 
 
