@@ -89,21 +89,22 @@ assert not different, f"first different: {different[0]}"
 PYTHON
 }
 row() { printf '%s|%s|%s|%s\n' "$1" "$2" "$3" "$(($(date +%s) - began)) s" >>"$table"; }
-verify() { # WHAT WAS DONE, WHAT HAPPENED: $run is finished with the losses of the undisturbed one
+verify() { # WHAT WAS DONE, WHAT HAPPENED, RESTARTS (0): $run is finished, after so many at least, with the losses of the undisturbed one
     local happened="$2" equal=yes
     wait_for 400 ended "$job" || happened="$happened; not ended"
     [ "$(state "$job")" = COMPLETED ] || { equal=NO; happened="$happened; $(state "$job")"; }
     same_losses 2>losses.err || { equal="NO: $(tail -n 1 losses.err)"; }
+    [ "${3:-0}" -le "$(restarts "$job")" ] || { equal=NO; happened="$happened; was not disturbed"; }
     [ "$equal" = yes ] || { failed=1; tail -n 30 "$run"/job/*"-$job.log" | tr '\r' '\n' | tail -n 30; }
     row "$1" "$happened" "$equal"
 }
 said() { tr '\r' '\n' <"$(ls -t "$run"/job/*"-$job.log")" | grep "^== job $job, restart" | grep -v nodes | sed -n "$1p" | sed 's/.*restart [0-9]*: //; s/ (status.*)//'; }
 
-alone() { train alone --run.max_steps 60 && verify "nothing" "60 steps on two nodes"; }
+alone() { train alone --run.max_steps 60 && verify "nothing" "60 steps on two nodes" || failed=1; }
 preempted() {
     train preempted && at_step 13 && scancel --signal=USR1 "$job"
     wait_for 120 running_again "$job" 1
-    verify "scancel --signal=USR1 at step 13" "$(said 1), restarts: $(restarts "$job")"
+    verify "scancel --signal=USR1 at step 13" "$(said 1), restarts: $(restarts "$job")" 1
 }
 time_limit() { # SLURM looks twice a minute, and half a minute ahead
     # By plain sbatch: submit.py would refuse so short a limit.
@@ -115,19 +116,20 @@ time_limit() { # SLURM looks twice a minute, and half a minute ahead
     local first
     first="$(said 1)"
     wait_for 120 ended "$job"
-    verify "--time 1" "$first, restarts: $(restarts "$job")"
+    verify "--time 1" "$first, restarts: $(restarts "$job")" 1
 }
 cancelled() {
     train cancelled && at_step 13 && scancel "$job"
     wait_for 120 ended "$job"
     local first="job $job: $(state "$job"), $(said 1)"
+    [ "$(state "$job")" = CANCELLED ] || failed=1
     train cancelled
     verify "scancel at step 13, submitted again" "$first"
 }
 rank_killed() {
     train rank_killed && at_step 13 && kill -9 "$(rank_pid 1)"
     wait_for 120 running_again "$job" 1
-    verify "kill -9 of rank 1 at step 13" "$(said 1), restarts: $(restarts "$job")"
+    verify "kill -9 of rank 1 at step 13" "$(said 1), restarts: $(restarts "$job")" 1
 }
 node_lost() {
     train node_lost && at_step 13 && lose_node node2 1
@@ -135,14 +137,14 @@ node_lost() {
     start_daemon node2
     wait_for 120 running_again "$job" 1
     # A late order to end the step that was lost may reach the next one, which then saves and is requeued once more.
-    verify "node2 (daemon, step, rank) killed at step 13" "requeued, restarts: $(restarts "$job")"
+    verify "node2 (daemon, step, rank) killed at step 13" "requeued, restarts: $(restarts "$job")" 1
 }
 batch_node_lost() {
     train batch_node_lost && at_step 13 && lose_batch && lose_node node1 0
     wait_for 120 restarted_or_pending
     start_daemon node1
     wait_for 120 running_again "$job" 1
-    verify "node1, with the job's script, killed at step 13" "requeued by SLURM, restarts: $(restarts "$job")"
+    verify "node1, with the job's script, killed at step 13" "requeued by SLURM, restarts: $(restarts "$job")" 1
 }
 restarted_or_pending() { [ "$(restarts "$job")" -ge 1 ]; }
 fails_alike() {
@@ -188,7 +190,7 @@ CHAIN
     job="${job%% *}"
     at_step 5 && scancel --signal=USR1 "$job"
     wait_for 900 ended "$last"
-    verify "chain of six, its first job preempted" "$(for job in $numbers; do state "$job"; done | sort | uniq -c | tr -s ' \n' ' '), results.json: $([ -e runs/chained_finetune/evaluation/results.json ] && echo there || echo MISSING)"
+    verify "chain of six, its first job preempted" "$(for job in $numbers; do state "$job"; done | sort | uniq -c | tr -s ' \n' ' '), results.json: $([ -e runs/chained_finetune/evaluation/results.json ] && echo there || echo MISSING)" 1
     [ -e runs/chained_finetune/evaluation/results.json ] || failed=1
 }
 
