@@ -116,7 +116,10 @@ def record(folder: Path, job: str, restart: int, srun_status: int) -> list[End]:
     if not any(line.status == end.status for line in lines):  # kill -9, or an end before the ranks could write
         ends.record_end(folder, end.status, end.cause)
     now = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    before = [End(**{name: line[name] for name in End.__annotations__}) for line in _lines(folder / RESTARTS)]
+    names = End.__annotations__
+    before = [
+        End(**{name: line[name] for name in names}) for line in _lines(folder / RESTARTS) if line.keys() >= {*names}
+    ]
     _append(folder / RESTARTS, now | asdict(end))
     return [*(other for other in before if other.job == job), end]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from muco_ds import ends
-from muco_ds.slurm.requeue import End, progress, reason_to_stop, record, settle
+from muco_ds.slurm.requeue import RESTARTS, End, progress, reason_to_stop, record, settle
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +84,8 @@ def test_progress_is_the_newest_complete_checkpoint_or_the_data_sets_done(tmp_pa
 def test_an_end_without_a_rank_s_line_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     (tmp_path / ends.ENDS_FILE).write_text(json.dumps({"job": "4", "status": 1}) + '\n{"half a li\n')
+    (tmp_path / "job").mkdir()
+    (tmp_path / RESTARTS).write_text('{"job": "5"}\n{"half a li\n')
     for restart in range(2):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         record(tmp_path, "5", restart, 137)
