@@ -30,6 +30,7 @@ setup(
         "jinja2>=3.1.6",
         "jsonargparse>=4.50",
         "numpy>=1.26.4",
+        "packaging",
         "peft>=0.20",
         "pillow>=11.0",  # older ones turn TIFFs by another rule and open 16-bit PNGs as 32-bit
         "psutil>=5.9.5",

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from muco_ds.causes import cause_of
 from muco_ds.distributed import env
 from muco_ds.errors import UserError
 from muco_ds.manifest import Entry, damaged, discard, flush, flushed, incomplete, listed, seal
@@ -147,6 +148,8 @@ class Checkpoints:
         self._group = env.background_group()  # the writing threads' own: training uses the others meanwhile
         self._save: Save | None = None
         self._thread = threading.Thread()
+        if copies is not None:
+            _check_shared(copies)
 
     def save(self, engine: Any, step: int, meta: dict, write_beside: Callable[[Path], None]) -> Path:
         """Take the engine's state and have it written. `write_beside(path)` adds the small files, on rank 0.
@@ -166,6 +169,8 @@ class Checkpoints:
             with self._snapshots.instead_of_writing(engine, work, copied=self.background) as states:
                 engine.save_checkpoint(str(work), tag=TAG, save_latest=False, exclude_frozen_parameters=not self.frozen)
         except (OSError, RuntimeError) as error:
+            if cause_of(error).consequence:  # another rank is gone
+                raise
             # The others are inside DeepSpeed's collectives, which this rank can't join any more: it leaves, and the
             # launcher ends the rest.
             raise _unwritable(final, error) from error
@@ -329,6 +334,27 @@ def _own_hyperparameters(engine: Any) -> Iterator[None]:
     yield
     for group, values in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(values)
+
+
+def _check_shared(copies: Path) -> None:
+    """Collective. Raises UserError where rank 0 can't write the folder or another rank does not see it."""
+    mark = copies / ".shared"
+    with env.agreement():
+        try:
+            if env.is_main():
+                copies.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+        except OSError as error:
+            problem = f"checkpoint.copy_to: can't write to '{copies}' ({error.strerror}): set another folder, or null"
+            raise UserError(problem) from error
+    with env.agreement():
+        if not mark.exists():
+            problem = (
+                f"checkpoint.copy_to: rank {env.rank()} does not see '{copies}': it must be shared by all machines"
+            )
+            raise UserError(problem)
+    if env.is_main():
+        mark.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from muco_ds.errors import UserError
+
 
 @dataclass
 class State:
@@ -100,11 +102,21 @@ class _Recorder:
         if self.buffers is None:
             return tensor
         if self.used == len(self.buffers) or not _fits(self.buffers[self.used], tensor):
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            buffer = _new(tensor, pinned)
             self.buffers[self.used : self.used + 1] = [buffer]
         buffer = self.buffers[self.used]
         self.used += 1
         return buffer.copy_(tensor, non_blocking=pinned)
+
+
+def _new(tensor: torch.Tensor, pinned: bool) -> torch.Tensor:
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    except RuntimeError as error:
+        raise UserError(
+            f"no host memory for a copy of {tensor.nbytes / 1e9:.1f} GB of weights or optimizer states: set "
+            "checkpoint.background=false, or give the job more memory"
+        ) from error
 
 
 def _fits(buffer: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # indexing forks; the tokenizer's threads would not survive
 
@@ -30,11 +30,14 @@ from muco_ds.slurm.chain import Stage, jobs_of, read_chain
 from muco_ds.slurm.jobs import REPOSITORY, Job, Resources, check_cluster, submit
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see --help")
+
+
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This program's own options, and the recipe's keys."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML recipe of a training")
     parser.add_argument("--chain", type=Path, metavar="FILE", help="YAML list of stages, in place of RECIPE")
     parser.add_argument("--from", type=int, default=1, dest="first", metavar="N", help="leave out the stages before N")
@@ -48,16 +51,19 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--save_before_end", type=int, metavar="S", help="seconds before the limit to save at (default: 300)"
     )
-    parser.add_argument("--sbatch", default="", metavar="WORDS", help='more for sbatch: --sbatch "--qos=long"')
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="WORDS", help='more for sbatch: --sbatch "--qos=long"'
+    )
     parser.add_argument("--max_failures", type=int, default=3, help="ends alike without a new checkpoint (default: 3)")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GiB (default: 80)")
     parser.add_argument("--no_preflight", action="store_true", help="do not plan the training here")
     parser.add_argument("--dry_run", action="store_true", help="check all but the cluster, and print the jobs")
     own, rest = parser.parse_known_args(_joined(argv))
-    if (own.recipe is None) == (own.chain is None):
-        raise UserError("give a RECIPE or --chain FILE, one of the two")
-    if own.chain is not None and rest:
-        raise UserError(f"{rest[0]}: keys of a chain's recipes stand in the chain, as {{recipe: FILE, run.name: NAME}}")
+    if own.recipe is None and own.chain is None:
+        raise UserError("give a RECIPE or --chain FILE")
+    if own.chain is not None and (rest or own.recipe):
+        problem = f"{(rest or [own.recipe])[0]} beside --chain: a chain's recipes and their keys stand in its file"
+        raise UserError(f"{problem}, as {{recipe: FILE, run.name: NAME}}")
     for name in ("max_failures", "gpu_memory"):
         if not getattr(own, name) > 0:
             raise UserError(f"--{name} {getattr(own, name)}: give more than 0")
@@ -73,6 +79,20 @@ def _joined(argv: list[str]) -> list[str]:
     return words
 
 
+def _for_sbatch(given: list[str]) -> tuple[str, ...]:
+    """The words of `--sbatch`, without those that would let two jobs write one run."""
+    text = " ".join(given)
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"--sbatch {text}: {str(error).lower()}: quote its words as for a shell") from None
+    for word in words:
+        if word.split("=")[0] in ("--job-name", "-J", "--dependency", "-d", "--array", "-a"):
+            problem = f"--sbatch {word}: a run is kept from being written by two jobs by its job's name and dependency"
+            raise UserError(f"{problem}: leave it out, and set run.name for another run")
+    return words
+
+
 def plan_jobs(own: argparse.Namespace, rest: list[str]) -> list[Job]:
     names = ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_rank", "time", "partition", "account")
     given = {name: value for name in (*names, "save_before_end") if (value := getattr(own, name)) is not None}
@@ -81,11 +101,7 @@ def plan_jobs(own: argparse.Namespace, rest: list[str]) -> list[Job]:
         shared, stages = read_chain(own.chain)
     else:
         stages = [Stage("", "train", {"recipe": own.recipe} | _keys(rest), {})]
-    try:
-        options = tuple(shlex.split(own.sbatch))
-    except ValueError as error:
-        raise UserError(f"--sbatch {own.sbatch}: {str(error).lower()}: quote its words as for a shell") from None
-    resources = Resources(**(shared | given), options=options)
+    resources = Resources(**(shared | given), options=_for_sbatch(own.sbatch))
     resources.check()
     jobs = jobs_of(stages, resources)
     if not 1 <= own.first <= len(jobs):
@@ -152,7 +168,11 @@ def main() -> int:
             print(shlex.join(command))
             continue
         base.with_suffix(".sh").write_text(job.shell(command), encoding="utf-8")
-        after = submit(command, job.environment)
+        try:
+            after = submit(command, job.environment)
+        except UserError as error:
+            rest_of_it = f"; jobs {', '.join(submitted)} go on: mend it and submit the rest with --from {i}"
+            raise UserError(f"{error}{rest_of_it if submitted else ''}") from None
         submitted.append(after)
         print(f"job {after}: {job.kind} {job.folder}, log {base}-{after}.log")
     if submitted:

@@ -137,9 +137,9 @@ def _read_metrics(run: Run) -> list[Metrics]:
 
 def _read_meta(run: Run) -> dict[str, Any] | None:
     for path in sorted((run.folder / "checkpoints").glob("step_*"), reverse=True):
-        problem = incomplete(path)
         if path.suffix == ".tmp":
             continue
+        problem = incomplete(path)
         if problem is None:
             try:
                 return json.loads((path / "meta.json").read_text())

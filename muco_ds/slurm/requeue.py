@@ -84,8 +84,8 @@ def reason_to_stop(history: list[End], limit: int) -> str | None:
     `limit` ends in a row that are alike, or twice as many of any kind, without progress between them.
     """
     last = history[-1]
-    if last.status == USER_ERROR:
-        return "it won't mend itself"
+    if last.status == USER_ERROR and len(history) == 1:
+        return "it won't mend itself"  # later, a machine or a disk may have changed, not the input
     stuck = alike = 0
     for end in reversed(history):
         if end.progress != last.progress:
@@ -140,7 +140,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _append(path: Path, line: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(path, "ab") as file:
+            cut = file.tell() > 0 and not path.read_bytes().endswith(b"\n")
+            file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
     except OSError as error:
         raise UserError(f"can't write '{path}' ({error.strerror}): free space, then submit the job again") from error

@@ -33,7 +33,7 @@ def pictures(arena: Arena) -> list[Outcome]:
         arena.programs.run(arena.argv(out / name, overrides), ranks=RANKS, timeout=300).check()
         lines = metrics(out / name)
         swapped, memory = sum(line["replaced_images"] for line in lines), max(line["peak_mem_gib"] for line in lines)
-        assert len(lines) == _STEPS
+        assert len(lines) == _STEPS and memory < 4, (len(lines), memory)
         if moment == "after":
             assert swapped > 0
         happened = f"finished; {swapped} replaced and counted; a rank held at most {memory:.1f} GiB"

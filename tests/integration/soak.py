@@ -3,7 +3,7 @@
 
 The demo's own recipe, but for the batch: 8 pictures a step. Validation and checkpoints are on. Of each rank, its
 loader's workers with it, resident memory and open files are looked at every second. Exit status 1 where memory or files
-grow, or steps become slower, beyond what the samples scatter.
+grow by more than 8 MiB or one file, or steps become a tenth slower, along a line through the samples.
 """
 
 from __future__ import annotations

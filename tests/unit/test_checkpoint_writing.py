@@ -173,11 +173,39 @@ def test_a_second_place_gets_a_copy_and_stands_in(tmp_path: Path) -> None:
 
 
 def test_a_second_place_that_fails_costs_only_the_copy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "copies").write_text("a file, no folder")
     store = Checkpoints(tmp_path / "run", keep=1, copies=tmp_path / "copies" / "run")
+    shutil.rmtree(tmp_path / "copies")
+    (tmp_path / "copies").write_text("a file, no folder")
     with caplog.at_level(logging.WARNING, "muco_ds"):
         path = save(store, 1)
     assert store.newest_intact() == path and "training goes on without this copy" in caplog.text
+
+
+def test_a_second_place_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "copies").write_text("a file, no folder")
+    with pytest.raises(UserError, match=r"checkpoint\.copy_to: can't write to .*copies/run"):
+        Checkpoints(tmp_path / "run", keep=1, copies=tmp_path / "copies" / "run")
+
+
+def test_a_second_place_that_a_rank_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.env, "is_main", lambda: False)  # nobody makes the mark here
+    monkeypatch.setattr(checkpoint.env, "rank", lambda: 1)
+    with pytest.raises(UserError, match=r"checkpoint\.copy_to: rank 1 does not see .*must be shared"):
+        Checkpoints(tmp_path / "run", keep=1, copies=tmp_path / "copies" / "run")
+
+
+def test_without_memory_for_the_copy_the_cure_is_named(store: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", none)
+    with pytest.raises(UserError, match=r"set checkpoint\.background=false"):
+        save(store, 1)
+
+
+def test_a_rank_that_is_gone_while_saving_is_no_full_disk(store: Checkpoints) -> None:
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        save(store, 1, Engine(fail=RuntimeError("Connection closed by peer")))
 
 
 def test_a_checkpoint_loses_its_name_before_its_files(store: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

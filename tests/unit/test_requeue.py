@@ -62,6 +62,8 @@ OOM, SIGNAL = (1, "CUDA out of memory: 2.5 GiB"), (75, "signal SIGUSR1")
         ([(*OOM, 10), (*SIGNAL, 10)] * 3, "6 ends in a row, "),
         ([(*OOM, 5), *([(*OOM, 10), (*SIGNAL, 10)] * 2)], None),
         ([(2, "no such file", 10)], "it won't mend itself"),
+        ([(*SIGNAL, 10), (2, "the 16 ranks did not meet", 10)], None),  # a machine, not the input
+        ([(*SIGNAL, 10), *[(2, "checkpoint: can't be written", 10)] * 3], "3 ends in a row like this"),
     ],
 )
 def test_ends_alike_without_progress_end_the_job(steps: list[tuple[int, str, int]], stops: str | None) -> None:
@@ -86,12 +88,14 @@ def test_an_end_without_a_rank_s_line_is_written_down(tmp_path: Path, monkeypatc
     (tmp_path / ends.ENDS_FILE).write_text(json.dumps({"job": "4", "status": 1}) + '\n{"half a li\n')
     (tmp_path / "job").mkdir()
     (tmp_path / RESTARTS).write_text('{"job": "5"}\n{"half a li\n')
+    (tmp_path / RESTARTS).write_text('{"job": "5"}\n{"half a li')
     for restart in range(2):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         record(tmp_path, "5", restart, 137)
     written = ends.read_ends(tmp_path)
     assert [(end.status, end.job, end.restart) for end in written] == [(137, "5", 0), (137, "5", 1)]
     assert "SIGKILL" in written[0].cause
+    assert len((tmp_path / RESTARTS).read_text().splitlines()) == 4
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     ends.record_end(tmp_path, 1, "CUDA out of memory", 3)
     assert record(tmp_path, "5", 2, 137)[-1].cause == "CUDA out of memory"

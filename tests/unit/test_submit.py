@@ -80,7 +80,12 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--run.dir", "/proc/nowhere", *CPUS], "can't write to '/proc/nowhere/first/job'"),
         (["--nodes", "8"], "batch.images=4 is less than 64 ranks"),
         (["--gpus_per_node", "1", "--gpu_memory", "0.001"], "first: does not fit 0.001 GiB: "),
-        (["--chain", "c.yaml"], "give a RECIPE or --chain FILE, one of the two"),
+        (["--chain", "c.yaml"], "recipe.yaml beside --chain: a chain's recipes and their keys stand in its file"),
+        (["--nodes", "two"], "argument --nodes: invalid int value: 'two': see --help"),
+        (
+            ["--sbatch", "--qos=a", "--sbatch", "--job-name=b"],
+            "--sbatch --job-name=b: a run is kept from being written",
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_line(
