@@ -349,9 +349,7 @@ def _check_shared(copies: Path) -> None:
             raise UserError(problem) from error
     with env.agreement():
         if not mark.exists():
-            problem = (
-                f"checkpoint.copy_to: rank {env.rank()} does not see '{copies}': it must be shared by all machines"
-            )
+            problem = f"checkpoint.copy_to: rank {env.rank()} does not see '{copies}': share it with all machines"
             raise UserError(problem)
     if env.is_main():
         mark.unlink(missing_ok=True)

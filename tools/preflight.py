@@ -121,9 +121,7 @@ def table(tree: dict) -> str:
     ]
     if tree["memory"]["host"]:
         lines.append(f"  {'on the host, per rank':36} {tree['memory']['host'] / gib:9.3f}")
-    lines.append(
-        f"  {'its part of a checkpoint':36} {tree['memory']['checkpoint'] / gib:9.3f} (as much on the host with checkpoint.background)"
-    )
+    lines.append(f"  {'its part of a checkpoint':36} {tree['memory']['checkpoint'] / gib:9.3f} (and on the host)")
     lines.append(f"{'fits' if tree['fits'] else 'does not fit'} {tree['gpu_memory_gib']:g} GiB")
     return "\n".join([*lines, *(f"advice: {line}" for line in tree["advice"])])
 

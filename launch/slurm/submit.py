@@ -52,7 +52,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--save_before_end", type=int, metavar="S", help="seconds before the limit to save at (default: 300)"
     )
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="WORDS", help='more for sbatch: --sbatch "--qos=long"'
+        "--sbatch", action="append", default=[], metavar="WORDS", help='for sbatch: --sbatch "--qos=long"'
     )
     parser.add_argument("--max_failures", type=int, default=3, help="ends alike without a new checkpoint (default: 3)")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="of one GPU, in GiB (default: 80)")
@@ -159,7 +159,7 @@ def main() -> int:
                 f"{job.folder}: not planned here" + ("" if own.no_preflight else ": an earlier stage makes its input")
             )
     after: str | None = None
-    submitted = []
+    submitted: list[str] = []
     for i, job in enumerate(jobs, own.first):
         base = job.folder / "job" / f"N_{job.kind}" if own.dry_run else job.write()
         command = job.command(base, after)

@@ -190,7 +190,7 @@ def test_a_second_place_that_cannot_be_written_is_refused_at_the_start(tmp_path:
 def test_a_second_place_that_a_rank_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.env, "is_main", lambda: False)  # nobody makes the mark here
     monkeypatch.setattr(checkpoint.env, "rank", lambda: 1)
-    with pytest.raises(UserError, match=r"checkpoint\.copy_to: rank 1 does not see .*must be shared"):
+    with pytest.raises(UserError, match=r"checkpoint\.copy_to: rank 1 does not see .*share it"):
         Checkpoints(tmp_path / "run", keep=1, copies=tmp_path / "copies" / "run")
 
 

@@ -84,7 +84,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--nodes", "two"], "argument --nodes: invalid int value: 'two': see --help"),
         (
             ["--sbatch", "--qos=a", "--sbatch", "--job-name=b"],
-            "--sbatch --job-name=b: a run is kept from being written",
+            "--sbatch --job-name=b: a run is kept from being",
         ),
     ],
 )
