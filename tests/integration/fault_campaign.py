@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from fault_arena import Arena, Outcome  # noqa: E402
+from fault_clock import set_back  # noqa: E402
 from fault_kills import kills  # noqa: E402
 from fault_pictures import pictures  # noqa: E402
 from fault_ranks import killed, killed_worker, out_of_memory, stopped  # noqa: E402
@@ -46,6 +47,7 @@ def faults(arena: Arena, args: argparse.Namespace) -> dict[str, Fault]:
     }
     return {
         "pictures": lambda: pictures(arena),
+        "clock": lambda: set_back(arena),
         "stopped": lambda: stopped(arena),
         "memory": lambda: out_of_memory(arena),
         "killed_rank": lambda: killed(arena),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fault_arena import Arena
+from fault_clock import set_back
 from fault_kills import kills
 from fault_pictures import pictures
 from fault_ranks import killed_worker, out_of_memory, stopped
@@ -48,6 +49,10 @@ def test_a_read_only_folder_is_refused_at_once(arena: Arena, disks: None) -> Non
 def test_altered_files_are_never_trained_from(arena: Arena) -> None:
     altered_checkpoints(arena, 2)
     altered_rows(arena, 3)
+
+
+def test_a_clock_that_jumps_back_changes_nothing_and_no_secret_is_written(arena: Arena) -> None:
+    set_back(arena)
 
 
 def test_hostile_pictures_are_replaced_and_counted(arena: Arena) -> None:
