@@ -1,4 +1,4 @@
-"""A clock that is set back in the middle of a run, in whose environment there is a secret: it must be nowhere written."""
+"""A clock that is set back in the middle of a run, whose environment holds a secret that must be nowhere written."""
 
 from __future__ import annotations
 
