@@ -24,10 +24,10 @@ from muco_ds.data.templates import ChatTemplate
 from muco_ds.errors import UserError
 from muco_ds.export import PREFIX, Exported, export_checkpoint
 from muco_ds.export_st import chat_template
-from muco_ds.manifest import MANIFEST, flushed
+from muco_ds.manifest import MANIFEST
 from muco_ds.models.backbones import canonical_name, load_tokenizer
 
-from programs import REPOSITORY, Demo, Programs
+from programs import REPOSITORY, Demo, Programs, vouch
 from tiny_folders import change_family
 
 CONVERT = REPOSITORY / "tools" / "convert_ckpt.py"
@@ -139,11 +139,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     state = torch.load(file, weights_only=False)
     change(state)
     torch.save(state, file)
-    manifest = file.parents[1] / MANIFEST
-    content = json.loads(manifest.read_text())
-    name, entry = str(file.relative_to(manifest.parent)), flushed(file)
-    content["files"][name], content["digests"][name] = entry.size, entry.digest
-    manifest.write_text(json.dumps(content))
+    vouch(file.parents[1], file)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

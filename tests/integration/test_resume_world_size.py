@@ -17,7 +17,7 @@ import torch
 from muco_ds.checkpoint import TAG, UNIVERSAL
 from muco_ds.reshard import universal_form
 
-from programs import REPOSITORY, Demo, Programs, losses, refusal
+from programs import REPOSITORY, Demo, Programs, losses, refusal, vouch
 
 STEPS, MIDDLE = 8, 3
 # A weight decay of which a step of one parameter group too many shows in the losses.
@@ -133,18 +133,21 @@ def test_what_can_not_be_right_ends_on_all_ranks_with_one_line(
     out = cut(whole, tmp_path / "out", MIDDLE)
     weight = universal_form(saved(out, MIDDLE)) / TAG / "zero" / "embedder.model.language_model.norm.weight" / "fp32.pt"
     torch.save(-torch.load(weight), weight)
+    vouch(saved(out, MIDDLE) / UNIVERSAL, weight)
     line = refusal(programs.run(demo.train(out, zero3), ranks=1))
     assert f"{saved(out, MIDDLE) / UNIVERSAL}: the loaded model's embeddings differ" in line and "remove it" in line
 
     shard = next((saved(out, MIDDLE) / TAG).glob("*_optim_states.pt"))
     content = shard.read_bytes()
     shard.write_bytes(b"\0" * len(content))
+    vouch(saved(out, MIDDLE), shard)
     shutil.rmtree(saved(out, MIDDLE) / UNIVERSAL)
     line = refusal(programs.run(demo.train(out, zero3), ranks=3))
     assert f"{saved(out, MIDDLE)}: can't be converted for another number of ranks" in line
     assert sorted(path.name for path in saved(out, MIDDLE).glob(f"{UNIVERSAL}*")) == []
 
     shard.write_bytes(content)
+    vouch(saved(out, MIDDLE), shard)
     path = Path(str(zero3["deepspeed"]))
     tree = path.read_text()
     path.write_text(tree.replace('"stage": 3', '"stage": 2'))
