@@ -319,7 +319,7 @@ def test_bad_checkpoints_are_refused(trained: Callable[[str], Path], tmp_path: P
     shard = next((checkpoint / TAG).glob("*optim_states.pt"))
     content = shard.read_bytes()
     shard.write_bytes(bytes(len(content)))
-    with pytest.raises(UserError, match=f"{shard.name}: does not load"):
+    with pytest.raises(UserError, match=f"{shard.name}(: does not load| was altered)"):
         export_checkpoint(checkpoint, out)
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name} is missing"):
