@@ -11,4 +11,5 @@ from muco_ds.trainer import Trainer
 trainer = Trainer(parse_args(sys.argv[1:]).config, env.start())
 assert trainer.start_step > 0, "nothing was loaded"
 trainer._save(trainer.start_step)
+trainer.checkpoints.finish()
 env.stop()
