@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from muco_ds.distributed.signals import EXIT_REQUEUE
 
@@ -50,19 +52,26 @@ def record_end(folder: Path, status: int, cause: str, step: int | None = None) -
         step=step,
         status=status,
         cause=" ".join(cause.split())[:MAX_CAUSE],
-        rank=_number("RANK"),
+        rank=launcher_int("RANK"),
         job=os.environ.get("SLURM_JOB_ID"),
-        restart=_number("SLURM_RESTART_COUNT"),
+        restart=launcher_int("SLURM_RESTART_COUNT"),
     )
     with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / ENDS_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(file).st_size
-            cut = size > 0 and os.pread(file, 1, size - 1) != b"\n"  # a full disk took a part of the line before
-            os.write(file, ("\n" * cut + json.dumps(asdict(end)) + "\n").encode())
-        finally:
-            os.close(file)
+        append_line(folder / ENDS_FILE, asdict(end))
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a JSON line by a single write, on a line of its own. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        cut = size > 0 and os.pread(file, 1, size - 1) != b"\n"  # a full disk took a part of the line before
+        line = ("\n" * cut + json.dumps(values) + "\n").encode()
+        if os.write(file, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)
 
 
 def read_ends(folder: Path) -> list[End]:
@@ -99,7 +108,7 @@ class RunEnd:
 
     def forced(self, cause: str) -> None:
         """Say and write down, once among the ranks, that a signal ended the run unsaved (`signals.listen`)."""
-        if _number("RANK") and self.of_another(0.5):
+        if launcher_int("RANK") and self.of_another(0.5):
             return
         self.record(EXIT_REQUEUE, cause)
         os.write(2, f"\n{cause}\n".encode())  # not print: the main thread may hold its lock
@@ -109,13 +118,14 @@ class RunEnd:
         deadline = time.monotonic() + wait_s
         while True:
             for end in read_ends(self.folder)[self._earlier :]:
-                if end.rank != _number("RANK"):
+                if end.rank != launcher_int("RANK"):
                     return end
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.1)
 
 
-def _number(name: str) -> int:
+def launcher_int(name: str) -> int:
+    """A launcher's variable; 0 where it is none, which is among the mistakes to be told."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else 0

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from muco_ds.causes import cause_of
 from muco_ds.distributed import signals
-from muco_ds.ends import RunEnd
+from muco_ds.ends import RunEnd, launcher_int
 
 _GRACE_S = 5.0
 
@@ -93,7 +93,11 @@ def _say(status: int, line: str, end: RunEnd | None, first: bool) -> None:
         else:
             other = end.of_another(wait_s)
         if other is not None:
-            if _number("LOCAL_RANK") == 0 and not _beside(other.rank) and not (status == 2 and other.cause == line):
+            if (
+                launcher_int("LOCAL_RANK") == 0
+                and not _beside(other.rank)
+                and not (status == 2 and other.cause == line)
+            ):
                 said = "" if other.cause == line else f"; rank {other.rank} said: {other.cause}"
                 print(f"error: rank {rank}: {line}{said}", file=sys.stderr, flush=True)
             return
@@ -106,21 +110,15 @@ def _say(status: int, line: str, end: RunEnd | None, first: bool) -> None:
 
 def _beside(rank: int) -> bool:
     """Whether that rank is on this machine, where what it says is read together with what this one says."""
-    first = _number("RANK") - _number("LOCAL_RANK")
-    here = _number("LOCAL_WORLD_SIZE") or _number("LOCAL_SIZE") or _number("SLURM_NTASKS_PER_NODE")
+    first = launcher_int("RANK") - launcher_int("LOCAL_RANK")
+    here = launcher_int("LOCAL_WORLD_SIZE") or launcher_int("LOCAL_SIZE") or launcher_int("SLURM_NTASKS_PER_NODE")
     return first <= rank < first + here
 
 
 def _rank() -> int:
     # LOCAL_RANK too, for programs that the launcher starts but that never form a group.
-    return _number("RANK") or _number("LOCAL_RANK")
+    return launcher_int("RANK") or launcher_int("LOCAL_RANK")
 
 
 def _ranks() -> bool:
-    return _number("WORLD_SIZE") > 1
-
-
-def _number(name: str) -> int:
-    """A launcher's variable; 0 where it is none, which is among the mistakes to be told."""
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else 0
+    return launcher_int("WORLD_SIZE") > 1

@@ -77,9 +77,8 @@ class Health:
             **{"job": os.environ.get("SLURM_JOB_ID"), "restart": restarts(), "every_s": self.every_s},
         }
         self._process = psutil.Process()
-        self._gpu = (
-            torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        )  # of this thread, not the other
+        # This thread's, for the other one, which has its own.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
         return self

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from muco_ds.distributed.signals import EXIT_REQUEUE
 from muco_ds.ends import End, read_ends
 from muco_ds.errors import UserError
 from muco_ds.heartbeat import ENDED, FAILED, STAGES, heartbeat_path
@@ -22,7 +23,6 @@ from muco_ds.heartbeat import ENDED, FAILED, STAGES, heartbeat_path
 RUNNING, FINISHED, SAVED = "running", "finished", "saved after a signal"
 FAILED_RUN, STALLED, DEAD, UNKNOWN = "failed", "stalled", "dead", "unknown"
 WELL = frozenset({RUNNING, FINISHED, SAVED})
-REQUEUE = 75  # lockstep.EXIT_REQUEUE, which can't be imported without torch
 
 SILENT_S = 30.0
 """Beyond three heartbeats: network disks show new files late."""
@@ -148,15 +148,7 @@ def _read_beats(folder: Path, now: float) -> list[Beat]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             beat = Beat(json.loads(path.read_text(encoding="utf-8")), now - path.stat().st_mtime)
             # A file of another form is passed over here, not where it is used.
-            _ = (
-                beat.rank,
-                beat.place,
-                beat.silent,
-                beat.stands(True),
-                beat.stands(False),
-                str(beat),
-                beat.facts["started"],
-            )
+            _ = beat.rank, beat.place, beat.silent, beat.stands(True), beat.stands(False), str(beat)
             _ = beat.facts["started"], beat.facts["error"]
             found.append(beat)
     if not found:
@@ -212,7 +204,7 @@ def _judge(status: Status, beats: list[Beat], now: float) -> None:
 def _say_end(status: Status, ends: list[End]) -> None:
     """The first end of a start is the cause; what other ranks say later follows from it."""
     end = ends[0]
-    status.verdict = {0: FINISHED, REQUEUE: SAVED}.get(end.status, FAILED_RUN)
+    status.verdict = {0: FINISHED, EXIT_REQUEUE: SAVED}.get(end.status, FAILED_RUN)
     status.why = f"{end.cause} (rank {end.rank}, {end.time})"
     if status.verdict == FAILED_RUN:
         status.hint = f"details in {status.folder / 'logs'}"
@@ -329,7 +321,7 @@ def _warn(status: Status, beats: list[Beat], lines: list[dict[str, Any]]) -> Non
     free, needed = status.free_bytes, status.checkpoint_bytes
     if free is not None and needed and free < 2 * needed:
         warn(f"{free / 1e9:.1f} GB are free, the next checkpoint takes {needed / 1e9:.1f}")
-    crashes = [end for end in status.ends if end.status not in (0, REQUEUE)]
+    crashes = [end for end in status.ends if end.status not in (0, EXIT_REQUEUE)]
     if len(crashes) > 1 and crashes[-1].cause == crashes[-2].cause:
         warn(f"it ended in the same way before: {crashes[-1].cause}")
 

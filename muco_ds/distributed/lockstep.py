@@ -7,7 +7,6 @@ import torch.distributed as dist
 
 from muco_ds.data.schema import StepBatch
 from muco_ds.distributed import env, signals
-from muco_ds.distributed.signals import EXIT_REQUEUE as EXIT_REQUEUE
 from muco_ds.errors import UserError
 
 _SAME = ("step", "plan", "packs")

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from muco_ds import ends
+from muco_ds.distributed.signals import EXIT_REQUEUE
 from muco_ds.errors import UserError
 
-FINISHED, USER_ERROR, SAVED = 0, 2, 75
-"""Exit statuses; 75 is distributed.lockstep.EXIT_REQUEUE, which takes torch to import."""
+FINISHED, USER_ERROR, SAVED = 0, 2, EXIT_REQUEUE
+"""Exit statuses."""
 
 RESTARTS = "job/restarts.jsonl"
 
@@ -139,9 +140,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _append(path: Path, line: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            cut = file.tell() > 0 and not path.read_bytes().endswith(b"\n")
-            file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
+        ends.append_line(path, line)
     except OSError as error:
         raise UserError(f"can't write '{path}' ({error.strerror}): free space, then submit the job again") from error

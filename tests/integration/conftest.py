@@ -15,13 +15,7 @@ from programs import Demo, Programs
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """64 training and 6 held-out scenes, a tiny model with its tokenizer, and a recipe."""
-    from muco_ds.models.demo_model import build_demo
-
-    folder = tmp_path_factory.mktemp("demo")
-    build_demo(folder, scenes=64, test_scenes=6, seed=0)
-    made = Demo(folder)
-    made.write_recipe()
-    return made
+    return Demo.build(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="session")

@@ -97,11 +97,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="faults."))
     try:
-        from muco_ds.models.demo_model import build_demo
-
-        demo = Demo(folder / "demo")
-        build_demo(demo.folder, scenes=64, test_scenes=6, seed=0)
-        demo.write_recipe()
+        demo = Demo.build(folder / "demo")
         programs = Programs(folder / "jobs")
         try:
             outcomes, survived = campaign(Arena(demo, programs, folder / "runs", args.seed), args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fault_arena import RANKS, Arena, Outcome, last_checkpoint, last_step, steps_logged
@@ -55,9 +56,9 @@ def _over(job: Job) -> bool:
     return (job.folder / "status.json").exists()
 
 
-def _until(job: Job, condition: object) -> None:
+def _until(job: Job, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not condition() and not _over(job):  # type: ignore[operator]
+    while not condition() and not _over(job):
         if time.monotonic() > deadline:
             job.kill()
             raise AssertionError(f"nothing within 120 s: {job.wait(1).output[-3000:]}")

@@ -170,6 +170,15 @@ class Demo:
 
     folder: Path
 
+    @classmethod
+    def build(cls, folder: Path, *, scenes: int = 64, test_scenes: int = 6) -> Demo:
+        from muco_ds.models.demo_model import build_demo
+
+        build_demo(folder, scenes=scenes, test_scenes=test_scenes, seed=0)
+        demo = cls(folder)
+        demo.write_recipe()
+        return demo
+
     @property
     def model(self) -> Path:
         return self.folder / "model"

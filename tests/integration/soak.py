@@ -88,10 +88,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak."))
     try:
-        from muco_ds.models.demo_model import build_demo
-
-        demo = Demo(folder / "demo")
-        build_demo(demo.folder, scenes=600, test_scenes=90, seed=0)
+        demo = Demo.build(folder / "demo", scenes=600, test_scenes=90)
         programs = Programs(folder / "jobs")
         samples = soak(folder / "run", demo, programs, args.steps)
         programs.close()

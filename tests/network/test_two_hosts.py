@@ -31,13 +31,7 @@ SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    from muco_ds.models.demo_model import build_demo
-
-    folder = tmp_path_factory.mktemp("demo")
-    build_demo(folder, scenes=64, test_scenes=6, seed=0)
-    made = Demo(folder)
-    made.write_recipe()
-    return made
+    return Demo.build(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture
