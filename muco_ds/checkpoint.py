@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ import torch
 
 from muco_ds.causes import cause_of
 from muco_ds.distributed import env
+from muco_ds.distributed.helper import Helper
 from muco_ds.errors import UserError
 from muco_ds.manifest import Entry, damaged, discard, flush, flushed, incomplete, listed, seal
 from muco_ds.safe_load import tensors_only
@@ -109,7 +109,7 @@ class Place:
 
 @dataclass
 class Save:
-    """A checkpoint that is being written: what this rank adds to it, the bytes of all ranks, and how it went."""
+    """A checkpoint that is being written: what this rank adds to it, and the bytes of all ranks."""
 
     step: int
     states: list[State]
@@ -117,7 +117,6 @@ class Save:
     meta: dict[str, Any]
     write_beside: Callable[[Path], None]
     started: float
-    problem: str | None = None
 
 
 class Checkpoints:
@@ -147,7 +146,7 @@ class Checkpoints:
         self._snapshots = Snapshots()
         self._group = env.background_group()  # the writing threads' own: training uses the others meanwhile
         self._save: Save | None = None
-        self._thread = threading.Thread()
+        self._writer = Helper("checkpoint")
         if copies is not None:
             _check_shared(copies)
 
@@ -178,9 +177,8 @@ class Checkpoints:
         with _agreed(final):
             if env.is_main():
                 place.check_space(step, needed)
-        self._save = Save(step, states, needed, {"step": step, **meta}, write_beside, started)
-        self._thread = threading.Thread(target=self._write, args=(self._save,), name="checkpoint", daemon=True)
-        self._thread.start()
+        save = self._save = Save(step, states, needed, {"step": step, **meta}, write_beside, started)
+        self._writer.begin(lambda: self._write(save))
         if not self.background:
             self.finish()
         return final
@@ -188,7 +186,7 @@ class Checkpoints:
     @property
     def failed(self) -> bool:
         """Whether this rank knows that the checkpoint being written can't be: `finish` will say so. Not collective."""
-        return self._save is not None and self._save.problem is not None
+        return self._save is not None and self._writer.error is not None
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -200,15 +198,16 @@ class Checkpoints:
         if save is not None:
             with env.agreement(patient=True) as lost:
                 # Its own collectives wait for days: that another rank is gone is known by those of the main threads.
-                while self._thread.is_alive() and not lost.is_set():
-                    self.wait(_LOOK_S)
-                if save.problem is not None:
-                    raise UserError(save.problem)
+                while not self._writer.wait(_LOOK_S) and not lost.is_set():
+                    pass
+                error = self._writer.error
+                if error is not None:
+                    known = isinstance(error, UserError) or cause_of(error).consequence
+                    raise error if known else _unwritable(self.places[0].final(save.step), error)
 
     def wait(self, seconds: float | None = None) -> None:
         """Let this rank's part of it end, or that many seconds pass. Not collective."""
-        if self._thread.ident is not None:
-            self._thread.join(seconds)
+        self._writer.wait(seconds)
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint whose files are those that were written; None where there is none at all.
@@ -242,7 +241,7 @@ class Checkpoints:
         return sorted((path for place in self.places for path in place.complete()), key=lambda p: p.name, reverse=True)
 
     def _write(self, save: Save) -> None:
-        """What a thread of each rank does beside training."""
+        """What a thread of each rank does beside training. Raises what `finish` will say."""
         for place in self.places:
             try:
                 self._write_to(place, save)
@@ -250,8 +249,7 @@ class Checkpoints:
                 if env.is_main():  # its space is given back
                     shutil.rmtree(place.work(save.step), ignore_errors=True)
                 if place is self.places[0]:
-                    save.problem = str(error)
-                    return
+                    raise
                 if env.is_main():
                     log.warning("%s: training goes on without this copy", error)
 

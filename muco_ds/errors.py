@@ -15,6 +15,7 @@ from typing import NoReturn
 from muco_ds.causes import cause_of
 from muco_ds.distributed import signals
 from muco_ds.ends import RunEnd, launcher_int
+from muco_ds.lost_threads import told_of_lost_threads
 
 _GRACE_S = 5.0
 
@@ -50,7 +51,8 @@ def exit_on_user_error(end: RunEnd | None = None) -> Iterator[None]:
         end: the run whose end is written down.
     """
     try:
-        yield
+        with told_of_lost_threads(lambda: _end_without_memory(end)):
+            yield
     except UserError as error:
         _leave(2, str(error), end, first=_rank() == 0, silent=_rank() != 0 and error.on_every_rank)
     except Exception as error:
@@ -62,6 +64,11 @@ def exit_on_user_error(end: RunEnd | None = None) -> Iterator[None]:
         if not cause.known:
             traceback.print_exc()
         _leave(1, cause.line, end, first=not cause.consequence)
+
+
+def _end_without_memory(end: RunEnd | None) -> NoReturn:
+    _say(1, cause_of(MemoryError("out of memory for a thread")).line, end, first=True)
+    os._exit(1)
 
 
 def _leave(status: int, line: str, end: RunEnd | None, *, first: bool, silent: bool = False) -> NoReturn:

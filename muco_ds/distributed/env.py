@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from muco_ds.distributed.helper import Helper
 from muco_ds.errors import UserError
 
 TIMEOUT_S = 1800.0
@@ -23,7 +25,8 @@ _BACKGROUND = timedelta(days=7)
 _LIFE_S = 0.2
 """Between two signs of life of ranks that wait for one that works."""
 
-_patient_group: Any = None
+_patient: tuple[Any, Helper] | None = None
+"""A group for signs of life, and who sends them."""
 
 
 def rank() -> int:
@@ -141,8 +144,8 @@ def _meeting() -> Iterator[None]:
 
 def stop() -> None:
     """Leave the process group, if there is one."""
-    global _patient_group
-    _patient_group = None
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -195,48 +198,60 @@ def agreement(*, patient: bool = False) -> Iterator[threading.Event]:
 
     Args:
         patient: the body may take a rank far longer than the others, and than any collective may take.
-    Yields: what is set once another rank is gone, for a patient body that waits for it: it must end, then this raises.
+    Yields: what is set once another rank is gone or found something wrong, for a patient body that waits for that
+        rank: it must end, then this raises.
     """
-    problem = None
-    with _patience() if patient and world_size() > 1 else nullcontext(threading.Event()) as lost:
+    problem, signs = None, _Signs()
+    with _patience(signs) if patient and world_size() > 1 else nullcontext():
         try:
-            yield lost
+            yield signs.lost
         except UserError as error:
-            problem = str(error)
+            problem, signs.wrong = str(error), True
     agree(problem)
 
 
+@dataclass
+class _Signs:
+    """What ranks that wait for each other tell: that they are done, and whether something is wrong."""
+
+    done: threading.Event = field(default_factory=threading.Event)
+    wrong: bool = False
+    lost: threading.Event = field(default_factory=threading.Event)
+
+
 @contextmanager
-def _patience() -> Iterator[threading.Event]:
+def _patience(signs: _Signs) -> Iterator[None]:
     """At the end wait for the slowest rank. Until then all tell each other that they live: who works long is waited
     for, who is gone is noticed within the time-out. Collective."""
-    global _patient_group
-    if _patient_group is None:
-        _patient_group = dist.new_group(backend="gloo")
-    done, lost = threading.Event(), threading.Event()
-    failure: list[RuntimeError] = []
-    exchange = threading.Thread(target=_tell_of_life, args=(done, lost, failure), daemon=True)
-    exchange.start()
-    yield lost  # an error that is not the user's ends this process, and thereby the exchange
-    done.set()
-    exchange.join()
-    if failure:
-        raise failure[0]
+    global _patient
+    if _patient is None:
+        _patient = dist.new_group(backend="gloo"), Helper("signs of life")
+    group, helper = _patient
+    helper.begin(lambda: _tell_of_life(signs, group))
+    yield  # an error that is not the user's ends this process, and thereby the exchange
+    signs.done.set()
+    helper.wait()
+    if helper.error is not None:
+        raise helper.error
 
 
-def _tell_of_life(done: threading.Event, lost: threading.Event, failure: list[RuntimeError]) -> None:
-    """Exchanges in a thread of its own until every rank is done."""
+def _tell_of_life(signs: _Signs, group: Any) -> None:
+    """Exchanges until every rank is done."""
     pause_s = 0.01
-    everyone = torch.zeros(1, dtype=torch.int64)
     try:
-        while everyone.item() < world_size():
-            done.wait(pause_s)
+        done = 0
+        while done < world_size():
+            signs.done.wait(pause_s)
             pause_s = min(2 * pause_s, _LIFE_S)
-            everyone = torch.tensor([int(done.is_set())])
-            dist.all_reduce(everyone, group=_patient_group)
-    except RuntimeError as error:
-        failure.append(error)
-        lost.set()
+            over = signs.done.is_set()
+            everyone = torch.tensor([over, over and signs.wrong], dtype=torch.int64)
+            dist.all_reduce(everyone, group=group)
+            done, wrong = everyone.tolist()
+            if wrong:
+                signs.lost.set()
+    except Exception:
+        signs.lost.set()
+        raise
 
 
 def on_main(work: Callable[[], object]) -> None:

@@ -152,6 +152,27 @@ def test_a_rank_that_is_gone_while_a_checkpoint_is_written_is_noticed(tmp_path: 
     assert run_distributed(losing_while_a_checkpoint_is_written, 2, str(tmp_path), timeout_s=60.0)[0] == "noticed"
 
 
+def writing_ends_on_one_rank(folder: str) -> float:
+    """Seconds until a rank knows that the writing thread of rank 1 is out of the others' collectives."""
+    env.start(timeout_s=30.0)
+    store = Checkpoints(Path(folder), keep=1)
+    if dist.get_rank() == 1:
+
+        def no_memory(save: object) -> None:
+            raise MemoryError
+
+        store._write = no_memory  # type: ignore[method-assign]
+    store.save(HeldEngine(), 1, {}, lambda path: None)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="step_0000001: can't be written"):
+        store.finish()
+    return time.monotonic() - started
+
+
+def test_a_thread_that_ends_on_one_rank_holds_no_other(tmp_path: Path) -> None:
+    assert max(run_distributed(writing_ends_on_one_rank, 2, str(tmp_path), timeout_s=60.0)) < 10
+
+
 def test_a_name_that_nobody_knows_is_named(given: pytest.MonkeyPatch) -> None:
     for name, value in (LAUNCHED | {"MASTER_ADDR": "no-such-machine.invalid", "RANK": "1"}).items():
         given.setenv(name, value)

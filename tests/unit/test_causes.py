@@ -26,21 +26,34 @@ GLOO_SILENT = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:8
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_of_a_gpu(error: Exception) -> None:
+    cause = cause_of(error)
+    assert cause.known and not cause.consequence
+    assert "lower batch.pack_tokens" in cause.line and "--tune" in cause.line and "More" not in cause.line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("unable to mmap 8736 bytes from file <filename not specified>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
         MemoryError(),
     ],
 )
-def test_memory(error: Exception) -> None:
+def test_memory_of_the_host(error: Exception) -> None:
     cause = cause_of(error)
     assert cause.known and not cause.consequence
-    assert "lower batch.pack_tokens" in cause.line and "More" not in cause.line
+    assert "more host memory" in cause.line and "lower data.workers" in cause.line
 
 
 def test_a_real_allocation_that_fails() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert "lower batch.pack_tokens" in cause_of(caught.value).line
+    assert "more host memory" in cause_of(caught.value).line
 
 
 def test_no_more_threads() -> None:

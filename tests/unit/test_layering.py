@@ -16,6 +16,7 @@ MAX_FUNCTION_LINES = 60
 LEVELS = [
     {
         "ends",
+        "lost_threads",
         "errors",
         "causes",
         "compression_pooling",
