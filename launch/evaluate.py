@@ -25,6 +25,7 @@ from muco_ds.eval.suite import label, scores_of
 from muco_ds.eval.suites import SUITES, SuiteOptions, open_suite
 from muco_ds.models.embedder import Embedder
 from muco_ds.models.recognise import recognise
+from muco_ds.versions import check_versions
 
 
 def arguments() -> argparse.Namespace:
@@ -57,6 +58,7 @@ def main() -> int:
     env.adopt_launcher()
     args = arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check_versions()
     if args.pack_tokens is not None and args.pack_tokens < 1:
         raise UserError(f"--pack_tokens {args.pack_tokens}: give at least 1", on_every_rank=True)
     device = env.start()

@@ -13,6 +13,7 @@ from importlib import metadata
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
+from muco_ds.ends import launcher_int
 from muco_ds.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def check_versions() -> None:
     for line, fatal in problems():
         if fatal:
             raise UserError(line, on_every_rank=True)
-        log.warning(line)
+        if launcher_int("RANK") == 0:
+            log.warning(line)
 
 
 def problems() -> Iterator[tuple[str, bool]]:

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from muco_ds.errors import exit_on_user_error
+from muco_ds.versions import check_versions
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,6 +48,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check_versions()
     from muco_ds.export import export_checkpoint  # imports take seconds; a typo in the command line should not
 
     exported = export_checkpoint(

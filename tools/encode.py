@@ -31,6 +31,7 @@ from pathlib import Path
 from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.models.recognise import Recognised, recognise
+from muco_ds.versions import check_versions
 
 OURS = re.compile(r"\d{5}(\.lines|\.broken)?\.npy$|\d{5}\.parquet$|(shards|report)\.json$|broken\.jsonl$")
 """Names of the files in a folder that this program writes."""
@@ -94,8 +95,9 @@ def key_of(args: argparse.Namespace, model: Recognised, digest: str, dtype: obje
 def main() -> int:
     env.adopt_launcher()
     args = arguments()
-    model = check(args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check_versions()
+    model = check(args)
     import torch  # imports take seconds; a typo in the command line should not
 
     from muco_ds.models.device import device_of

@@ -23,6 +23,7 @@ from typing import Any
 
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.files import replacing
+from muco_ds.versions import check_versions
 
 
 def arguments() -> argparse.Namespace:
@@ -128,6 +129,7 @@ def _named(load: Any, metadata: Any) -> Any:
 def main() -> int:
     args = arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check_versions()
     if args.pack_tokens is not None and args.pack_tokens < 1:
         raise UserError(f"--pack_tokens {args.pack_tokens}: give at least 1")
     if args.output.exists() and not args.output.is_dir():

@@ -26,6 +26,7 @@ from muco_ds.distributed import env
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.mining.search import Rule
 from muco_ds.models.recognise import recognise
+from muco_ds.versions import check_versions
 
 SHOWN_BAD_ROWS = 5
 
@@ -85,8 +86,9 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
 def main() -> int:
     env.adopt_launcher()
     args = arguments()
-    rule = check(args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check_versions()
+    rule = check(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the work folder goes away
     from muco_ds.data.readers import M3TReader  # imports take seconds; a typo in the command line should not
     from muco_ds.mining.mine import Task, mine_negatives

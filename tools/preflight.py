@@ -27,6 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # indexing forks; the 
 from muco_ds.config import RunConfig, check_paths
 from muco_ds.config_cli import parse_args
 from muco_ds.errors import UserError, exit_on_user_error
+from muco_ds.versions import check_versions
 
 PARTS = {
     "weights": "weights",
@@ -130,6 +131,7 @@ def table(tree: dict) -> str:
 def main() -> int:
     own, rest = split_args(sys.argv[1:])
     config = parse_args(rest).config
+    check_versions()
     check_paths(config)
     if own.tune:
         return run_tuning(config, own, rest)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from muco_ds.errors import UserError, exit_on_user_error
 from muco_ds.models.folder import read_settings
+from muco_ds.versions import check_versions
 
 
 def arguments() -> argparse.Namespace:
@@ -45,8 +46,9 @@ def check(args: argparse.Namespace) -> None:
 @exit_on_user_error()
 def main() -> int:
     args = arguments()
-    check(args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check_versions()
+    check(args)
     try:
         import nicegui  # noqa: F401
     except ImportError as error:

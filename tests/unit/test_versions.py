@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from muco_ds.errors import UserError
 from muco_ds.versions import check_versions, problems
 
+ROOT = Path(__file__).parents[2]
 GOOD = {
     **{"torch": "2.13.0", "triton": "3.7.1", "deepspeed": "0.19.8", "transformers": "5.23.0", "pyarrow": "26.0.1"},
     **{"pillow": "13.0.0", "huggingface-hub": "2.4.0", "tokenizers": "0.23.3", "safetensors": "0.8.0"},
@@ -92,3 +95,48 @@ def test_what_is_looked_at_is_not_imported() -> None:
     program = "import sys, muco_ds.versions as v; v.check_versions(); print({*sys.modules} & {'torch', 'transformers'})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n", done
+
+
+def test_one_of_several_ranks_warns(
+    installed: dict[str, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed["pillow"] = "10.4.0"
+    monkeypatch.setenv("RANK", "1")
+    check_versions()
+    assert not caplog.records
+
+
+MODELS = ["--model", "none"]
+DEMO = ["--config", "launch/recipes/demo.yaml"]
+PROGRAMS = {
+    "launch/train.py": DEMO,
+    "launch/evaluate.py": [*MODELS, "--suite", "m3t", "--data", "none", "--output", "none"],
+    "tools/preflight.py": ["--ranks", "1", *DEMO],
+    "tools/convert_ckpt.py": ["none", "none"],
+    "tools/encode.py": [*MODELS, "--input", "none", "--output", "none"],
+    "tools/mine_negatives.py": [*MODELS, "--data", "none", "--output", "none"],
+    "tools/evaluate_mteb.py": [*MODELS, "--tasks", "none", "--output", "none"],
+    "tools/search.py": [*MODELS, "--input", "none", "--embeddings", "none"],
+}
+ALL_WITH_AN_OLD_DEEPSPEED = """
+import json, runpy, sys
+from importlib import metadata
+found = metadata.version
+metadata.version = lambda package: "0.19.7" if package == "deepspeed" else found(package)
+sys.path[0] = "."
+for program, options in json.loads(sys.argv[1]).items():
+    sys.argv = [program, *options]
+    print(program, file=sys.stderr)
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        print("status", end.code, file=sys.stderr)
+"""
+
+
+def test_every_program_that_uses_a_model_looks() -> None:
+    argv = [sys.executable, "-c", ALL_WITH_AN_OLD_DEEPSPEED, json.dumps(PROGRAMS)]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=True)
+    for program in PROGRAMS:
+        said = done.stderr.split(f"{program}\n")[1].split("status 2")[0]
+        assert "error: deepspeed 0.19.7 " in said, f"{program}: {said}"
