@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,7 +29,7 @@ from muco_ds.models.recognise import recognise
 from muco_ds.versions import check_versions
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a model, converted or released")
     kinds = "; ".join(f"{name}: {description}" for name, description in SUITES.items())
@@ -50,7 +51,7 @@ def arguments() -> argparse.Namespace:
         help="also rank by this many leading components of the embeddings; default: the sizes that were trained",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error()

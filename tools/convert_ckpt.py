@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from muco_ds.errors import exit_on_user_error
 from muco_ds.versions import check_versions
 
 
-def parse_args() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder, or the run's folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
@@ -41,12 +42,12 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="results.json for the model card (default: those in the run's folder)",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error()
 def main() -> int:
-    args = parse_args()
+    args = arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     check_versions()
     from muco_ds.export import export_checkpoint  # imports take seconds; a typo in the command line should not

@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from muco_ds.versions import check_versions
 SHOWN_BAD_ROWS = 5
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder written by tools/convert_ckpt.py")
     parser.add_argument("--data", required=True, help="parquet file, folder or glob of M3T rows or of pairs")
@@ -45,7 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pack_tokens", type=int, default=16384, help="token budget of one forward")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> Rule:

@@ -15,10 +15,13 @@ and --from submits them again.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
+import runpy
 import shlex
 import sys
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,6 +146,22 @@ def check_plan(job: Job, gpu_memory: float) -> None:
         )
 
 
+def check_options(job: Job) -> None:
+    """Have the program of a stage that is no training read its options now, not when its turn comes.
+
+    Raises:
+        UserError: a value that it does not take.
+    """
+    program, *words = job.arguments if job.script == "tool.sbatch" else ("launch/evaluate.py", *job.arguments)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            runpy.run_path(str(REPOSITORY / program))["arguments"](words)
+    except SystemExit:
+        problem = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        raise UserError(f"{job.kind} for {job.folder}: {problem}: see python {program} --help") from None
+
+
 @exit_on_user_error()
 def main() -> int:
     own, rest = arguments(sys.argv[1:])
@@ -151,6 +170,9 @@ def main() -> int:
     if not own.dry_run:
         for job in jobs:
             check_cluster(job.resources)
+    for job in jobs:
+        if job.config is None:
+            check_options(job)
     for job in jobs:
         if job.config is not None and job.planned and not own.no_preflight:
             check_plan(job, own.gpu_memory)

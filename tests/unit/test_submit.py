@@ -238,6 +238,22 @@ def test_a_chain_that_can_t_work_is_refused_in_one_line(
     assert names in refusal(monkeypatch, capsys, "--chain", "c.yaml", "--no_preflight")
 
 
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        ("{evaluate: {suite: m3d, data: recipe.yaml}}", ["evaluate for ", "argument --suite: invalid choice: 'm3d'"]),
+        ("{evaluate: {suite: m3t, data: recipe.yaml, rows: all}}", ["argument --rows: invalid int value: 'all'"]),
+        ("{convert: {dtype: fp8}}", ["convert for runs/first: argument --dtype: invalid choice: 'fp8'"]),
+    ],
+)
+def test_a_later_stage_s_options_are_read_before_the_first_is_submitted(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, names: list[str]
+) -> None:
+    Path("c.yaml").write_text(f"stages: [{{train: {{recipe: recipe.yaml}}}}, convert, {stage}]\n")
+    line = refusal(monkeypatch, capsys, "--chain", "c.yaml", "--no_preflight")
+    assert all(name in line for name in names) and "--help" in line and not Path("sbatch.log").exists()
+
+
 def test_options_of_stages_are_those_of_their_programs() -> None:
     programs = {"convert": "tools/convert_ckpt.py", "mine": "tools/mine_negatives.py", "evaluate": "launch/evaluate.py"}
     for kind, program in programs.items():
