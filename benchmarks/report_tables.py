@@ -231,6 +231,10 @@ TABLES = {
         "Guards, heartbeat, meter and log as shares of a step of the demo; a heartbeat's of the seconds between two.",
         generic, ("ranks",),
     ),
+    "checkpoint": Table(
+        "Checkpoints", "How long training waits (waited) for what is written beside it; in the foreground; DeepSpeed's.",
+        generic, ("millions",),
+    ),
     "input": Table("The input side", "Decode, resize and patch layout.", generic),
 }  # fmt: skip
 EXTRA = {
