@@ -232,7 +232,8 @@ TABLES = {
         generic, ("ranks",),
     ),
     "checkpoint": Table(
-        "Checkpoints", "How long training waits (waited) for what is written beside it; in the foreground; DeepSpeed's.",
+        "Checkpoints",
+        "How long training waits (waited) for what is written beside it; in the foreground; DeepSpeed's own.",
         generic, ("millions",),
     ),
     "input": Table("The input side", "Decode, resize and patch layout.", generic),
