@@ -34,7 +34,7 @@ setup(
         "peft>=0.20",
         "pillow>=11.0",  # older ones turn TIFFs by another rule and open 16-bit PNGs as 32-bit
         "psutil>=5.9.5",
-        "pyarrow>=17.0",
+        "pyarrow>=21.0",
         "pyyaml>=6.0.1",
         "safetensors>=0.8",
         "tensorboard>=2.16.2",

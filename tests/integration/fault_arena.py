@@ -76,7 +76,7 @@ class Arena:
         assert losses(out) == self.losses, f"{out}: other losses than those of the undisturbed run"
 
     def launched(self, out: Path, overrides: Mapping[str, object] | None = None) -> AbstractContextManager[Launched]:
-        """The run under DeepSpeed's launcher, from its third step on."""
+        """The run under DeepSpeed's launcher, from its third new step on."""
         return launched(self.programs, out, self.argv(out, overrides), first_steps=3)
 
 
@@ -104,8 +104,10 @@ class Launched:
 
 @contextmanager
 def launched(programs: Programs, out: Path, argv: Sequence[str], *, first_steps: int) -> Iterator[Launched]:
-    """A training under DeepSpeed's launcher, as a user starts it, once it has taken some steps; killed at the end."""
+    """A training under DeepSpeed's launcher, as a user starts it, once it has got some steps further; killed at the
+    end."""
     out.mkdir(parents=True, exist_ok=True)
+    wanted = last_step(out) + first_steps
     path, log = f"{Path(sys.executable).parent}:{os.environ['PATH']}", out / "launcher.log"
     deepspeed = shutil.which("deepspeed", path=path)
     assert deepspeed is not None
@@ -118,7 +120,7 @@ def launched(programs: Programs, out: Path, argv: Sequence[str], *, first_steps:
             start_new_session=True,
         )
     try:
-        wait_for(lambda: steps_logged(out) >= first_steps or process.poll() is not None, 180)
+        wait_for(lambda: last_step(out) >= wanted or process.poll() is not None, 180)
         assert process.poll() is None, log.read_text()[-3000:]
         yield Launched(process, out, log)
     finally:

@@ -48,15 +48,23 @@ def faults(arena: Arena, args: argparse.Namespace) -> dict[str, Fault]:
     return {
         "pictures": lambda: pictures(arena),
         "clock": lambda: set_back(arena),
-        "stopped": lambda: stopped(arena),
-        "memory": lambda: out_of_memory(arena),
-        "killed_rank": lambda: killed(arena),
-        "killed_worker": lambda: killed_worker(arena),
+        "stopped": lambda: resumed(arena, stopped),
+        "memory": lambda: resumed(arena, out_of_memory),
+        "killed_rank": lambda: resumed(arena, killed),
+        "killed_worker": lambda: resumed(arena, killed_worker),
         **(disks if can_mount(arena.folder) else dict.fromkeys(disks, no_disks)),
         "altered_checkpoints": lambda: altered_checkpoints(arena, some),
         "altered_rows": lambda: altered_rows(arena, some),
         "kills": lambda: kills(arena, args.kills),
     }
+
+
+def resumed(arena: Arena, fault: Callable[[Arena, Path], Outcome]) -> Outcome:
+    """A run that is disturbed once, and finished."""
+    out = arena.new(fault.__name__)
+    outcome = fault(arena, out)
+    arena.finish(out)
+    return outcome
 
 
 def no_disks() -> Outcome:

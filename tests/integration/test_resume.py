@@ -1,9 +1,11 @@
-"""A run cannot be lost: killed at any instant or told to stop, it goes on to the losses of a run that never was."""
+"""A run that is told to stop, or whose checkpoints are altered, goes on to the losses of a run that never was.
+
+Killed at any instant: test_faults.py.
+"""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import time
@@ -14,6 +16,7 @@ import pytest
 
 from muco_ds.ends import read_ends
 
+from fault_arena import steps_logged
 from programs import Demo, Job, Programs, losses, metrics, refusal
 
 STEPS, RANKS = 8, 2
@@ -47,28 +50,6 @@ def wait_until(condition: Callable[[], bool], job: Job) -> None:
             job.kill()
             raise AssertionError("the run made no step within 60 s")
         time.sleep(0.01)
-
-
-def steps_logged(out: Path) -> int:
-    path = out / "run" / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def test_kill_9_at_random_instants_changes_no_loss(
-    demo: Demo, programs: Programs, uninterrupted: Path, tmp_path: Path
-) -> None:
-    seed = time.time_ns() % 10**6
-    print(f"seed of the instants: {seed}")
-    rng = random.Random(seed)
-    for _ in range(2):
-        before = steps_logged(tmp_path)
-        job = programs.start(demo.train(tmp_path, LONG), ranks=RANKS)
-        # From the first new step on, so that each round has something to lose; a step and its checkpoint take 0.3 s.
-        wait_until(lambda before=before: steps_logged(tmp_path) != before, job)  # type: ignore[misc]
-        time.sleep(rng.uniform(0.0, 0.7))
-        job.kill()
-    programs.run(demo.train(tmp_path, LONG), ranks=RANKS).check()
-    assert losses(tmp_path) == losses(uninterrupted)
 
 
 def test_half_written_and_altered_checkpoints_are_passed_over_and_named(
