@@ -72,6 +72,33 @@ def test_what_deepspeed_writes_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(state["fp32_flat_groups"][0], torch.arange(4.0))
 
 
+def test_what_was_written_by_early_pythons_3_11_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name = lambda self, protocol: (getattr, (type(self), self.name))  # noqa: E731 - as enum.py has it there
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", by_name)
+    torch.save(shard(), tmp_path / "shard.pt")
+    assert b"getattr" in (tmp_path / "shard.pt").read_bytes()
+    with tensors_only(tmp_path):
+        state = torch.load(tmp_path / "shard.pt", weights_only=False)["optimizer_state_dict"]
+    assert state["zero_stage"] is ZeroStageEnum.weights
+
+
+class Reach:
+    """Asks for an attribute of something."""
+
+    def __init__(self, *of: object) -> None:
+        self.of = of
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, self.of
+
+
+@pytest.mark.parametrize("of", [(ZeroStageEnum, "__class__"), (LossScaler, "backward"), (ZeroStageEnum, "mro")])
+def test_attributes_are_not_reached_that_way(tmp_path: Path, of: tuple[object, str]) -> None:
+    torch.save({"more": Reach(*of)}, tmp_path / "shard.pt")
+    with pytest.raises(UserError, match=r"holds more than tensors \(getattr\)"), tensors_only(tmp_path):
+        torch.load(tmp_path / "shard.pt", weights_only=False)
+
+
 def load_by_engine(path: Path) -> None:
     def load_checkpoint(folder: str, tag: str, load_module_strict: bool) -> None:
         torch.load(path, map_location="cpu", weights_only=False)  # as DeepSpeed does
