@@ -37,5 +37,5 @@ if [ "${1:-}" = short ]; then
     python -m pytest -q -n 2 tests/unit/test_{config,readers,conversations,images,hostile_pictures,safe_load,collator,loader,versions}.py
 else
     # These need the factory's, the pages' and mteb's libraries, which bring their own requirements.
-    python -m pytest -q -n 2 tests/unit --ignore tests/unit/test_mteb_model.py --ignore tests/unit/test_search_page.py
+    python -m pytest -q -n 2 tests/unit --ignore=tests/unit/test_{mteb_model,search_page,secrets}.py
 fi
