@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 _MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+_GPU = re.compile(r"\b(cuda|hip|nccl)\b|ALLOC_FAILED", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
 _WHERE = re.compile(r"^\[[^\]]*\.(?:cc|cpp|h):\d+\] ?")
 _ADVICE = re.compile(r"\.? *This is typically caused by .*")
@@ -40,7 +41,7 @@ def cause_of(error: Exception) -> Cause:
     text = _telling_line(error)
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or _MEMORY.search(text):
         cure = "lower batch.pack_tokens, or let tools/preflight.py --tune choose what is recomputed"
-        if "OutOfMemoryError" not in names and "ALLOC_FAILED" not in text:  # not the GPU's
+        if "OutOfMemoryError" not in names and not _GPU.search(text):
             cure = "give the job more host memory, or lower data.workers or batch.pack_tokens"
         return Cause(f"{text or 'out of memory'}: {cure}", known=True)
     if "can't start new thread" in text:

@@ -27,6 +27,7 @@ GLOO_SILENT = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:8
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
         RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nMore"),
     ],
 )
 def test_memory_of_a_gpu(error: Exception) -> None:
